@@ -1,0 +1,540 @@
+"""Witnesses of instability: points of the box where a pre-activation is > 0, and where one is < 0.
+
+Points come from data, from random mixtures (uniform points, and corners of every density), from corners in closed form
+where a pre-activation is affine in the input, and from gradient ascent batched over (neuron, sign, restart). Every batch
+that is evaluated is searched for signs of *all* neurons that still lack one.
+
+Ascent replaces the derivative of ReLU by ``sigmoid(z_hat / t)`` in the backward pass only (a surrogate gradient; Neftci
+et al., IEEE Signal Processing Magazine 36, 2019): the true derivative is 0 behind every inactive neuron, so plain projected
+gradient steps die exactly where a neuron still has to be switched on. Steps are signed steps of decreasing length, or
+Frank-Wolfe steps (Frank and Wolfe, 1956), whose first one jumps to the corner that the gradient points to: the maximum of
+a piece where the network is affine is attained at a corner of the box, as far as the piece reaches.
+
+Why sound: a sign is recorded only when abs(z_hat) in float64 exceeds a bound on its error (``exactprune.bounds.forward``)
+or exact rationals confirm it, and only at a point that lies in the box, compared as float64 without tolerance. How a point
+was found does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exactprune.bounds.forward import Activation, Forward, certain_sign, exact_preactivation
+from exactprune.claim import Method
+from exactprune.domain import Box
+from exactprune.errors import OptionError
+from exactprune.network import INPUT, Network
+from exactprune.ops import MaxPool2d, ReLU, frozen
+
+Masks = tuple[np.ndarray, np.ndarray]
+Progress = Callable[[str, int, int], None]
+
+GRID_BITS = 12
+CHUNK = 1024
+ALL_CORNERS = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Witnesses:
+    """What a search has found; immutable.
+
+    Attributes:
+        points: float64 of shape (points, inputs), every one in the box; only points that witness something.
+        positive: a layer each, int64 of shape (neurons,): number of a point where the pre-activation is > 0, or -1.
+        negative: the same for < 0.
+        positive_method, negative_method: a layer each, int8 of shape (neurons,), values of ``Method``.
+    """
+
+    points: np.ndarray
+    positive: tuple[np.ndarray, ...]
+    negative: tuple[np.ndarray, ...]
+    positive_method: tuple[np.ndarray, ...]
+    negative_method: tuple[np.ndarray, ...]
+
+    def unstable(self, layer: int) -> np.ndarray:
+        """Which neurons of a ReLU layer have witnesses of both signs: booleans of shape (neurons,)."""
+        return (self.positive[layer] >= 0) & (self.negative[layer] >= 0)
+
+    def method(self, layer: int) -> np.ndarray:
+        """The later of the two methods that settled a neuron as unstable, ``Method.NONE`` elsewhere; int8."""
+        later = np.maximum(self.positive_method[layer], self.negative_method[layer])
+        return np.where(self.unstable(layer), later, np.int8(Method.NONE)).astype(np.int8)
+
+
+class _SurrogateReLU(torch.autograd.Function):
+    """ReLU forward; backward with slope sigmoid(z_hat / temperature)."""
+
+    @staticmethod
+    def forward(ctx: Any, z_hat: Tensor, temperature: Tensor) -> Tensor:
+        ctx.save_for_backward(z_hat, temperature)
+        return z_hat.relu()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        z_hat, temperature = ctx.saved_tensors
+        return grads[0] * torch.sigmoid(z_hat / temperature), None
+
+
+def surrogate(relative: Tensor) -> Activation:
+    """ReLU with a surrogate slope whose temperature is ``relative`` (batch,) times the mean magnitude of the layer."""
+
+    def activation(z_hat: Tensor) -> Tensor:
+        rows = (-1, *[1] * (z_hat.ndim - 1))
+        size = z_hat.detach().abs().flatten(1).mean(1).clamp_min(1e-30) * relative
+        result: Any = _SurrogateReLU.apply(z_hat, size.reshape(rows))
+        return result
+
+    return activation
+
+
+@dataclass(eq=False)
+class _Ledger:
+    """One ReLU layer and one sign: which neurons still need a witness, and the witnesses found.
+
+    Attributes:
+        sign: +1 or -1.
+        error: bound on the float64 error, valid on the box, of shape (neurons,).
+        need: on the device, booleans of shape (neurons,).
+        tried: the largest sign * z_hat that exact arithmetic has been spent on.
+        point, method: number of the witness (-1: none) and how it was found.
+    """
+
+    layer: int
+    sign: int
+    error: Tensor
+    need: Tensor
+    tried: Tensor
+    point: np.ndarray
+    method: np.ndarray
+
+    def open_indices(self) -> Tensor:
+        return self.need.nonzero()[:, 0]
+
+    def record(self, indices: np.ndarray, point: int, method: Method) -> None:
+        self.point[indices] = point
+        self.method[indices] = method
+        self.need[torch.as_tensor(indices, device=self.need.device)] = False
+
+
+def _ledger(layer: int, sign: int, error: Tensor) -> _Ledger:
+    n = error.numel()
+    need = torch.ones(n, dtype=torch.bool, device=error.device)
+    return _Ledger(layer, sign, error, need, torch.zeros_like(error), np.full(n, -1, np.int64), np.zeros(n, np.int8))
+
+
+@dataclass(frozen=True, eq=False)
+class _Targets:
+    """Rows of an ascent: neuron and sign each row works for, where it starts, and how it moves."""
+
+    neuron: Tensor
+    sign: Tensor
+    x: Tensor
+    temperature: Tensor
+    frank_wolfe: Tensor
+
+    def select(self, rows: Tensor) -> _Targets:
+        return _Targets(self.neuron[rows], self.sign[rows], self.x[rows], self.temperature[rows], self.frank_wolfe[rows])
+
+
+def greedy_cover(covers: Tensor) -> list[tuple[int, Tensor]]:
+    """Rows that together cover every column, largest gain first (Chvatal's greedy set cover).
+
+    Args:
+        covers: booleans of shape (rows, columns), every column covered by some row.
+
+    Returns:
+        (row, the columns it is chosen for) pairs; every column appears once.
+    """
+    left = torch.arange(covers.shape[1], device=covers.device)
+    chosen: list[tuple[int, Tensor]] = []
+    while left.numel():
+        row = int(covers.sum(dim=1).argmax())
+        hit = covers[row]
+        if not bool(hit.any()):
+            break
+        chosen.append((row, left[hit]))
+        left, covers = left[~hit], covers[:, ~hit]
+    return chosen
+
+
+class WitnessSearch:
+    """Accumulates witnesses for one network on one box.
+
+    Args:
+        network: any network.
+        box: of the network's input size.
+        device: for example ``cpu`` or ``cuda``; ignored when ``forward`` is given.
+        seed: of every random choice.
+        forward: shared forward pass, to spare a second copy of the weights.
+        memory: bytes that one batch may take.
+        exact_limit: how many signs may be settled in exact arithmetic in total (it is slow).
+
+    Raises:
+        DomainError: the box has another size.
+        OptionError: ``memory`` is not positive.
+    """
+
+    def __init__(self, network: Network, box: Box, *, device: str | torch.device = "cpu", seed: int = 0,
+                 forward: Forward | None = None, memory: int = 1 << 29, exact_limit: int = 256) -> None:
+        if memory <= 0:
+            raise OptionError(f"memory is {memory} bytes; give a positive number")
+        self.network = network
+        self.box = box.reshaped(network.input_shape)
+        self.forward = forward or Forward(network, device)
+        self.memory = memory
+        self._rng = np.random.default_rng(seed)
+        self._exact_left = exact_limit
+        self._lower = self.forward.tensor(self.box.lower[None])[0]
+        self._upper = self.forward.tensor(self.box.upper[None])[0]
+        width = self._upper - self._lower
+        exponent = torch.frexp(torch.where(width > 0, width, 1.0))[1].to(torch.float64) - GRID_BITS
+        self._grid = torch.exp2(exponent.clamp(-1000, 1000))
+        errors = self.forward.box_errors(self.box)
+        self._ledgers = [(_ledger(k, 1, e), _ledger(k, -1, e)) for k, e in enumerate(errors)]
+        self._points: list[np.ndarray] = []
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def lacking(self, layer: int) -> Masks:
+        """Which neurons of a ReLU layer lack a positive and a negative witness (ruled out ones do not lack it)."""
+        positive, negative = self._ledgers[layer]
+        return positive.need.cpu().numpy(), negative.need.cpu().numpy()
+
+    def missing(self) -> int:
+        """How many witnesses are still lacking in all layers."""
+        return sum(int(ledger.need.sum()) for pair in self._ledgers for ledger in pair)
+
+    def rule_out(self, layer: int, positive: np.ndarray, negative: np.ndarray) -> None:
+        """Stop looking for signs that are proved impossible (or no longer matter).
+
+        Args:
+            layer: number of the ReLU layer.
+            positive, negative: booleans of shape (neurons,): no witness > 0 (resp. < 0) is needed here.
+        """
+        for ledger, mask in zip(self._ledgers[layer], (positive, negative), strict=True):
+            ledger.need &= ~torch.as_tensor(np.asarray(mask, bool).reshape(-1), device=ledger.need.device)
+
+    def snapshot(self) -> Witnesses:
+        """What is known now, on as few points as a greedy cover needs."""
+        rows = self._cover()
+        used = sorted({int(r) for row in rows for r in row if r >= 0})
+        place = np.full(len(self._points) + 1, -1, np.int64)
+        place[used] = np.arange(len(used))
+        points = np.array([self._points[r] for r in used]).reshape(len(used), self.forward.inputs)
+        numbered = [frozen(place[row]) for row in rows]
+        methods = [frozen(ledger.method) for pair in self._ledgers for ledger in pair]
+        return Witnesses(frozen(points), tuple(numbered[0::2]), tuple(numbered[1::2]), tuple(methods[0::2]),
+                         tuple(methods[1::2]))
+
+    def _cover(self) -> list[np.ndarray]:
+        """Number of a stored point for every ledger and neuron (-1: none): few different ones in total."""
+        ledgers = [ledger for pair in self._ledgers for ledger in pair]
+        owner = np.concatenate([ledger.point for ledger in ledgers]) if ledgers else np.empty(0, np.int64)
+        columns = np.flatnonzero(owner >= 0)
+        if len(self._points) * len(columns) > self.memory:
+            return [ledger.point for ledger in ledgers]
+        covers = torch.zeros((len(self._points), len(columns)), dtype=torch.bool)
+        rows = max(1, self._rows(None))
+        for start in range(0, len(self._points), rows):
+            covers[start:start + rows] = self._certain(np.array(self._points[start:start + rows]))[:, columns]
+        covers[owner[columns], torch.arange(len(columns))] = True
+        for row, chosen in greedy_cover(covers):
+            owner[columns[chosen.numpy()]] = row
+        ends = np.cumsum([ledger.point.size for ledger in ledgers])[:-1]
+        return np.split(owner, ends)
+
+    @torch.no_grad()
+    def _certain(self, x: np.ndarray) -> Tensor:
+        """Booleans (batch, neurons of all ledgers): which signs these points witness beyond the box's error bound."""
+        signs = [certain_sign(z, p.error) for z, (p, _) in zip(self.forward.preactivations(x), self._ledgers, strict=True)]
+        return torch.cat([s == sign for s in signs for sign in (1, -1)], dim=1).cpu()
+
+    # -- cheap sources of points -----------------------------------------------------------------------------------------
+
+    def try_points(self, x: np.ndarray | Tensor, method: Method = Method.SAMPLE, layers: int | None = None) -> int:
+        """Evaluates points and records the certain signs that were still lacking.
+
+        Args:
+            x: shape (batch, inputs) or (batch, *input shape); points outside the box are left out.
+            method: what to note as the source.
+            layers: look at the first so many ReLU layers only (all by default).
+
+        Returns:
+            number of new witnesses.
+        """
+        points = self.forward.tensor(x)
+        points = points[((points >= self._lower) & (points <= self._upper)).all(dim=1)]
+        last = None if layers is None else layers - 1
+        if not self._ledgers or layers == 0:
+            return 0
+        with torch.no_grad():
+            return sum(self._harvest(self.forward.preactivations(part, last), part, method)
+                       for part in points.split(self._rows(last)))
+
+    def data(self, x: np.ndarray) -> int:
+        """Data clipped to the box: first rounded to few bits, then as it is. Returns the number of new witnesses."""
+        points = self._clip(self.forward.tensor(x))
+        return self.try_points(self.quantise(points), Method.DATA) + self.try_points(points, Method.DATA)
+
+    def sample(self, count: int = 1024) -> int:
+        """Random points; see ``random_points``. Few inputs: all corners too. Returns the number of new witnesses."""
+        found = 0
+        if self.forward.inputs <= ALL_CORNERS:
+            found = self.try_points(self._all_corners(), Method.SAMPLE)
+        rows = self._rows(None)
+        for start in range(0, count, rows):
+            if not self.missing():
+                break
+            found += self.try_points(self.random_points(min(rows, count - start)), Method.SAMPLE)
+        return found
+
+    def random_points(self, count: int) -> Tensor:
+        """A mixture: a quarter uniform, half random corners, a quarter corners whose upper ends are uniform instead.
+
+        The density of upper ends is drawn per point from a law that likes 0 and 1 (an arcsine law): sparse and dense
+        corners reach signs that a fair coin does not.
+        """
+        kind = self._rng.random((count, 1))
+        density = np.sin(np.pi / 2 * self._rng.random((count, 1))) ** 2
+        uniform = self._rng.random((count, self.forward.inputs))
+        corner = (self._rng.random(uniform.shape) < density).astype(np.float64)
+        share = np.where(kind < 0.25, uniform, np.where(kind < 0.75, corner, corner * uniform))
+        return self._between(torch.as_tensor(share, device=self._lower.device))
+
+    def corners(self) -> int:
+        """The maximising and minimising corner of every open neuron whose pre-activation is affine in the input.
+
+        Exact there: a neuron without a witness afterwards does not take that sign, but for signs of coefficients lost
+        to rounding where several affine operators follow each other. Returns the number of new witnesses.
+        """
+        return sum(self._layer_corners(k, sign) for k in self._affine_layers() for sign in (0, 1))
+
+    def _layer_corners(self, layer: int, side: int) -> int:
+        ledger, found = self._ledgers[layer][side], 0
+        order = ledger.open_indices()
+        for part in order.split(self._rows(layer)):
+            part = part[ledger.need[part]]
+            if part.numel():
+                ascent = _packed(self._rows_of_affine(layer, part) * ledger.sign)
+                found += self.try_points(torch.where(ascent > 0, self._upper, self._lower), Method.CORNER)
+        return found
+
+    def _rows_of_affine(self, layer: int, indices: Tensor) -> Tensor:
+        """Gradients of pre-activations that are affine in the input, (len(indices), inputs)."""
+        x = self._lower.expand(indices.numel(), -1).clone().requires_grad_()
+        z_hat = self.forward.preactivations(x, layer)[layer]
+        return torch.autograd.grad(z_hat.gather(1, indices[:, None]).sum(), x)[0]
+
+    def _affine_layers(self) -> list[int]:
+        bent: set[int] = set()
+        for i, node in enumerate(self.network.nodes):
+            if isinstance(node.op, (ReLU, MaxPool2d)) or bent.intersection(node.inputs):
+                bent.add(i)
+        inputs = [self.network.nodes[i].inputs[0] for i in self.network.relus]
+        return [k for k, source in enumerate(inputs) if source == INPUT or source not in bent]
+
+    # -- ascent ----------------------------------------------------------------------------------------------------------
+
+    def ascent(self, open: Sequence[Masks] | None = None, *, steps: int = 20, restarts: int = 4, rounds: int = 8,
+               progress: Progress | None = None) -> int:
+        """Gradient ascent with a surrogate slope for every neuron and sign that lacks a witness.
+
+        Args:
+            open: per ReLU layer (positive, negative) booleans of shape (neurons,): work only on these (all by default).
+            steps: per restart.
+            restarts: per neuron and sign in each round.
+            rounds: at most; a round without news is the last one.
+            progress: called with ("ascent", layer, new witnesses so far) after every layer.
+
+        Returns:
+            number of new witnesses.
+        """
+        found = 0
+        for turn in range(rounds):
+            before = found
+            for layer in range(len(self._ledgers)):
+                found += self._ascend_layer(layer, open[layer] if open else None, steps, restarts, turn)
+                if progress:
+                    progress("ascent", layer, found)
+            if found == before:
+                break
+        return found
+
+    def _wanted(self, layer: int, masks: Masks | None) -> tuple[Tensor, Tensor]:
+        """(neurons, signs) that lack a witness and are wanted."""
+        neurons, signs = [], []
+        for side, ledger in enumerate(self._ledgers[layer]):
+            need = ledger.need
+            if masks is not None:
+                need = need & torch.as_tensor(np.asarray(masks[side], bool).reshape(-1), device=need.device)
+            neurons.append(need.nonzero()[:, 0])
+            signs.append(torch.full_like(neurons[-1], ledger.sign))
+        return torch.cat(neurons), torch.cat(signs)
+
+    def _ascend_layer(self, layer: int, masks: Masks | None, steps: int, restarts: int, turn: int) -> int:
+        neurons, signs = self._wanted(layer, masks)
+        if not neurons.numel():
+            return 0
+        pool = self._pool()
+        with torch.no_grad():
+            scores = self.forward.preactivations(pool, layer)[layer]
+        chunk = max(1, self._rows(layer) // (4 * restarts))
+        found = 0
+        for part in torch.arange(neurons.numel()).split(chunk):
+            neuron, sign = neurons[part], signs[part]
+            targets = self._targets(neuron, sign, scores[:, neuron] * sign, pool, restarts, turn)
+            found += self._climb(layer, targets, steps)
+        return found
+
+    def _pool(self) -> Tensor:
+        """Points to start from: random ones and those already known to witness something."""
+        known = self._points[-CHUNK // 2:]
+        fresh = self.random_points(min(CHUNK // 4, max(1, self._rows(None))))
+        return torch.cat([fresh, self.forward.tensor(np.array(known))]) if known else fresh
+
+    def _targets(self, neuron: Tensor, sign: Tensor, scores: Tensor, pool: Tensor, restarts: int, turn: int) -> _Targets:
+        """Rows for ``restarts`` starts of each target: the best of the pool, and random ones for the second half."""
+        count = neuron.numel()
+        best = scores.topk(min(max(1, (restarts + 1) // 2), len(pool)), dim=0).indices
+        starts = [pool[row] for row in best]
+        starts += [self.random_points(count) for _ in range(restarts - len(starts))]
+        number = torch.arange(len(starts), device=neuron.device).repeat_interleave(count)
+        temperature = torch.tensor([1.0, 0.1, 0.3, 3.0], dtype=torch.float64, device=neuron.device)
+        return _Targets(neuron.repeat(len(starts)), sign.repeat(len(starts)), torch.cat(starts),
+                        temperature[(number + turn) % 4], (number + turn) % 2 == 0)
+
+    def _climb(self, layer: int, targets: _Targets, steps: int) -> int:
+        """Runs one batch of ascents; returns the number of new witnesses in all layers up to ``layer``."""
+        found = 0
+        positive, negative = self._ledgers[layer]
+        for step in range(steps + 1):
+            x = targets.x.requires_grad_(step < steps)
+            values = self.forward.preactivations(x, layer, activation=surrogate(targets.temperature))
+            detached = [z.detach() for z in values]
+            found += self._harvest(detached, x.detach(), Method.ASCENT)
+            if step == steps:
+                break
+            objective = values[layer].gather(1, targets.neuron[:, None])[:, 0] * targets.sign
+            slope = torch.autograd.grad(objective.sum(), x)[0]
+            moved = self._move(x.detach(), slope, targets.frank_wolfe, step, steps)
+            need = torch.where(targets.sign > 0, positive.need[targets.neuron], negative.need[targets.neuron])
+            targets = _Targets(targets.neuron, targets.sign, moved, targets.temperature, targets.frank_wolfe).select(need)
+            if not targets.neuron.numel():
+                break
+        return found
+
+    def _move(self, x: Tensor, slope: Tensor, frank_wolfe: Tensor, step: int, steps: int) -> Tensor:
+        corner = torch.where(slope > 0, self._upper, torch.where(slope < 0, self._lower, x))
+        jump = x + (corner - x) * (2 / (step + 2)) if step else corner
+        length = 0.5 * 0.02 ** (step / max(steps - 1, 1))
+        walk = x + slope.sign() * ((self._upper - self._lower) * length)
+        return self.quantise(self._clip(torch.where(frank_wolfe[:, None], jump, walk)))
+
+    # -- points ----------------------------------------------------------------------------------------------------------
+
+    def quantise(self, x: Tensor) -> Tensor:
+        """Points of the box on a dyadic grid of about 2^-12 of its width; endpoints stay as they are."""
+        rounded = self._clip((x / self._grid).round() * self._grid)
+        return torch.where((x <= self._lower) | (x >= self._upper), x, rounded)
+
+    def _clip(self, x: Tensor) -> Tensor:
+        return torch.minimum(torch.maximum(x, self._lower), self._upper)
+
+    def _between(self, share: Tensor) -> Tensor:
+        """Points from shares in [0, 1]; 0 and 1 give the endpoints exactly."""
+        inner = self.quantise(self._clip(self._lower + share * (self._upper - self._lower)))
+        return torch.where(share == 0, self._lower, torch.where(share == 1, self._upper, inner))
+
+    def _all_corners(self) -> Tensor:
+        n = self.forward.inputs
+        bits = torch.arange(1 << n, device=self._lower.device)[:, None] >> torch.arange(n, device=self._lower.device) & 1
+        return torch.where(bits == 1, self._upper, self._lower)
+
+    def _rows(self, last: int | None) -> int:
+        return int(max(1, min(CHUNK, self.memory // (32 * self.forward.width(last)))))
+
+    # -- recording -------------------------------------------------------------------------------------------------------
+
+    def _harvest(self, values: Sequence[Tensor], x: Tensor, method: Method) -> int:
+        """Records certain signs of a batch; returns how many are new."""
+        hits: list[Tensor] = []
+        owners: list[tuple[_Ledger, Tensor]] = []
+        doubtful: list[tuple[_Ledger, Tensor, Tensor]] = []
+        if not len(x):
+            return 0
+        for z_hat, pair in zip(values, self._ledgers, strict=False):
+            for ledger in pair:
+                index = ledger.open_indices()
+                if not index.numel():
+                    continue
+                signed = z_hat[:, index] * ledger.sign
+                top, row = signed.max(dim=0)
+                sure = (top > ledger.error[index]) & top.isfinite()
+                if bool(sure.any()):
+                    hits.append((signed[:, sure] > ledger.error[index[sure]]) & signed[:, sure].isfinite())
+                    owners.append((ledger, index[sure]))
+                unsure = ~sure & (top > ledger.tried[index]) & top.isfinite()
+                if bool(unsure.any()):
+                    doubtful.append((ledger, index[unsure], row[unsure]))
+        found = self._record(hits, owners, x, method) if hits else 0
+        return found + sum(self._settle(*item, x, method) for item in doubtful)
+
+    def _record(self, hits: list[Tensor], owners: list[tuple[_Ledger, Tensor]], x: Tensor, method: Method) -> int:
+        ledger_of = np.repeat(np.arange(len(owners)), [index.numel() for _, index in owners])
+        neuron_of = torch.cat([index for _, index in owners]).cpu().numpy()
+        for row, columns in greedy_cover(torch.cat(hits, dim=1)):
+            point = self._store(x[row])
+            chosen = columns.cpu().numpy()
+            for number in np.unique(ledger_of[chosen]):
+                owners[number][0].record(neuron_of[chosen[ledger_of[chosen] == number]], point, method)
+        return len(neuron_of)
+
+    def _store(self, x: Tensor) -> int:
+        self._points.append(x.detach().cpu().numpy().copy())
+        return len(self._points) - 1
+
+    def _settle(self, ledger: _Ledger, index: Tensor, row: Tensor, x: Tensor, method: Method) -> int:
+        """Signs that the error bound for the whole box leaves open: the bound at the point, then exact arithmetic."""
+        used, place = row.unique(return_inverse=True)
+        values, errors = self.forward.with_errors(x[used], ledger.layer)
+        signed = values[ledger.layer][place, index] * ledger.sign
+        sure = (signed > errors[ledger.layer][place, index]) & signed.isfinite()
+        found = 0
+        for i in range(index.numel()):
+            if bool(sure[i]) or self._confirmed(ledger, int(index[i]), x[row[i]], float(signed[i])):
+                ledger.record(index[i:i + 1].cpu().numpy(), self._store(x[row[i]]), method)
+                found += 1
+        return found
+
+    def _confirmed(self, ledger: _Ledger, neuron: int, x: Tensor, value: float) -> bool:
+        if self._exact_left <= 0:
+            return False
+        self._exact_left -= 1
+        ledger.tried[neuron] = value
+        return exact_preactivation(self.network, x.cpu().numpy(), ledger.layer, neuron) * ledger.sign > 0
+
+
+def _packed(rows: Tensor) -> Tensor:
+    """Rows with disjoint supports added up (neurons of a convolution that see different places share a corner)."""
+    support = rows != 0
+    if rows.shape[0] < 2 or float(support.double().mean()) > 0.25:
+        return rows
+    packed: list[Tensor] = []
+    left = list(range(rows.shape[0]))
+    while left:
+        total, used, later = rows[left[0]].clone(), support[left[0]].clone(), []
+        for r in left[1:]:
+            if bool((used & support[r]).any()):
+                later.append(r)
+            else:
+                total += rows[r]
+                used |= support[r]
+        packed.append(total)
+        left = later
+    return torch.stack(packed)
