@@ -1,1 +1,5 @@
-def main(): raise SystemExit(0)
+"""The command ``exactprune``: options in, tables and run folders out. See docs/cli.md."""
+
+from exactprune.cli.app import main
+
+__all__ = ["main"]

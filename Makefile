@@ -1,0 +1,35 @@
+# Every target works on a bare Python 3.11+ with pip: the environment is made when it is missing.
+PYTHON ?= python3
+BIN = .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: all test test-slow lint bench soundness models clean
+all: lint test
+
+.venv/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+test: .venv/.installed  ## the tests CI runs
+	$(BIN)/python -m pytest -n auto
+
+test-slow: .venv/.installed  ## the long ones
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/.installed  ## style, types, one-way imports
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: .venv/.installed  ## figures of docs/performance.md
+	for script in benchmarks/[!_]*.py; do $(BIN)/python $$script || exit 1; done
+
+soundness: .venv/.installed  ## 20,000 random networks against exact rational evaluation
+	$(BIN)/python benchmarks/soundness.py --networks 20000
+
+models: .venv/.installed  ## train models/ again
+	$(BIN)/python models/train.py
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

@@ -1,0 +1,128 @@
+"""Commands of ``exactprune``. Everything heavy is imported inside a command, so ``--help`` answers at once.
+
+Exit codes: 0 done, 1 ``check`` rejected a verdict, 2 misuse (one line on stderr, nothing written), 3 interrupted (a
+later ``--resume`` goes on), 4 a fault in exactprune itself.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+from cyclopts import App, CycloptsError, Parameter
+
+import exactprune
+from exactprune.cli.arguments import (
+    OUTPUT,
+    CompressFlags,
+    DomainFlags,
+    InputShape,
+    ModelFlags,
+    OutputFlags,
+    VerifyFlags,
+)
+from exactprune.cli.config import apply_config
+from exactprune.errors import ExactPruneError
+
+DONE, REJECTED, MISUSE, INTERRUPTED, FAULT = 0, 1, 2, 3, 4
+
+app = App(name="exactprune", version=exactprune.__version__, version_flags=["--version"],
+          help="Make trained ReLU networks smaller and prove that nothing changed.",
+          help_format="plaintext", result_action="return_value")
+app.config = (partial(apply_config, app),)
+
+
+@app.command
+def verify(model: Path, /, *, domain: DomainFlags = DomainFlags(), options: VerifyFlags = VerifyFlags(),
+           source: ModelFlags = ModelFlags(), output: OutputFlags = OutputFlags()) -> int:
+    """Say for every ReLU neuron whether it is stably inactive, stably active or unstable, with certificates.
+
+    Args:
+        model: Model file: .pt, .pt2, .safetensors or .onnx.
+    """
+    from exactprune.cli.commands import run_verify
+
+    return run_verify(model, domain, options.options, source, output)
+
+
+@app.command
+def compress(model: Path, /, *,
+             out: Annotated[Path, Parameter(name=["--out", "-o"], group=OUTPUT)],
+             change: CompressFlags = CompressFlags(), domain: DomainFlags = DomainFlags(),
+             options: VerifyFlags = VerifyFlags(), source: ModelFlags = ModelFlags(),
+             output: OutputFlags = OutputFlags()) -> int:
+    """Verify a model, remove what is proved removable, and write the smaller model.
+
+    Args:
+        model: Model file: .pt, .pt2, .safetensors or .onnx.
+        out: Where the smaller model goes: .pt or .onnx.
+    """
+    from exactprune.cli.commands import run_compress
+
+    return run_compress(model, out, change, domain, options.options, source, output)
+
+
+@app.command
+def check(model: Path, run: Path, /, *, exact: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False,
+          input_shape: Annotated[InputShape, Parameter(group=OUTPUT)] = None,
+          json: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False,
+          quiet: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False) -> int:
+    """Check every verdict of a run from its certificates, without solver and without torch.
+
+    Args:
+        model: The model file the run is about.
+        run: Run folder written by verify.
+        exact: Integer arithmetic throughout, no float64 filter.
+        input_shape: Input shape without batch axis, for example 1,28,28; needed where the file does not say it.
+        json: Print the result as one JSON object on stdout, and nothing else there.
+        quiet: Print nothing but errors.
+    """
+    from exactprune.cli.checking import run_check
+
+    return run_check(model, run, exact, input_shape, json, quiet)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The console script: run a command and leave with its exit code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit code of one command line; every error is one line on stderr."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _code(app(list(arguments) or ["--help"], exit_on_error=False, print_error=False))
+    except (ExactPruneError, CycloptsError) as error:
+        return _fail(str(error), MISUSE)
+    except OSError as error:
+        return _os_error(error)
+    except KeyboardInterrupt as stop:
+        return _fail(str(stop) or "interrupted", INTERRUPTED)
+    except Exception as error:
+        traceback.print_exc()
+        return _fail(f"{type(error).__name__} inside exactprune, nothing claimed; please report the lines above", FAULT)
+
+
+def _code(value: Any) -> int:
+    return value if isinstance(value, int) else DONE
+
+
+def _os_error(error: OSError) -> int:
+    if isinstance(error, BrokenPipeError):
+        sys.stderr.close()
+        return DONE
+    return _fail(f"{error.filename or 'file'}: {error.strerror or error}", MISUSE)
+
+
+def _fail(message: str, code: int) -> int:
+    print("exactprune: error:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,150 @@
+"""``verify`` and ``compress``: load, build the box, run the pipeline, write, print."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exactprune.cli.arguments import CompressFlags, DomainFlags, ModelFlags, OutputFlags
+from exactprune.cli.arrays import read_samples
+from exactprune.cli.domains import build_domain, check_flags
+from exactprune.cli.progress import progress
+from exactprune.domain import Box
+from exactprune.errors import OptionError
+from exactprune.network import Network
+from exactprune.options import VerifyOptions
+
+CHECKPOINT = "checkpoint"
+UNIT_BOX = "no domain given, so the unit box is taken: every input from 0 to 1 (see --domain)"
+
+
+def run_verify(model: Path, flags: DomainFlags, options: VerifyOptions, source: ModelFlags, output: OutputFlags) -> int:
+    """``exactprune verify``."""
+    network, domain, data, folder = _prepare(model, flags, source, output)
+    result = _verify(network, domain, data, options, folder, output)
+    summary = _write_run(result, folder, model, source)
+    from exactprune.report.tables import verify_report
+
+    _show(summary, verify_report(summary, str(folder)), output)
+    return 0
+
+
+def run_compress(model: Path, out: Path, change: CompressFlags, flags: DomainFlags, options: VerifyOptions,
+                 source: ModelFlags, output: OutputFlags) -> int:
+    """``exactprune compress``."""
+    wanted = change.options(options.seed)
+    _check_out(out, model)
+    network, domain, data, folder = _prepare(model, flags, source, output)
+    result = _verify(network, domain, data, options, folder, output)
+    from exactprune.pipeline import compress
+
+    with progress(output.quiet or output.json) as shown:
+        smaller = compress(result, options=wanted, data=data, progress=shown)
+    from exactprune.report.compression import compress_report, write_compression
+
+    summary = write_compression(smaller, folder, _write_run(result, folder, model, source), model, out)
+    _show(summary, compress_report(summary, str(folder)), output)
+    return 0
+
+
+# -- before ------------------------------------------------------------------------------------------------------
+
+
+def _prepare(model: Path, flags: DomainFlags, source: ModelFlags,
+             output: OutputFlags) -> tuple[Network, Box, np.ndarray | None, Path]:
+    """Everything that can be refused, before anything is written."""
+    from exactprune.report.record import default_folder
+
+    way = check_flags(flags)
+    folder = output.output or default_folder(model)
+    _check_folder(folder)
+    network = load_model(model, source)
+    domain = build_domain(flags, network)
+    data = None if source.data is None else read_samples(source.data, network.input_shape, "--data")
+    if way is None:
+        _say(UNIT_BOX, output)
+    return network, domain, data, folder
+
+
+def load_model(model: Path, source: ModelFlags) -> Network:
+    """The network of a model file.
+
+    Raises:
+        LoadError: and its siblings, see ``exactprune.io.load``.
+    """
+    from exactprune.io import load
+
+    return load(model, input_shape=source.input_shape, arch=source.arch)
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"--output {folder}: is a file; name a folder")
+    if not folder.absolute().parent.is_dir():
+        raise OptionError(f"--output {folder}: its parent folder does not exist; make it first")
+
+
+def _check_out(out: Path, model: Path) -> None:
+    if out.suffix not in (".pt", ".onnx"):
+        raise OptionError(f"--out {out}: the ending says the format; use .pt or .onnx")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise OptionError(f"--out {out}: cannot be written there; name a file in an existing folder")
+    if out.exists() and model.exists() and out.samefile(model):
+        raise OptionError(f"--out {out}: is the model itself; name another file")
+
+
+# -- the run -----------------------------------------------------------------------------------------------------
+
+
+def _verify(network: Network, domain: Box, data: np.ndarray | None, options: VerifyOptions, folder: Path,
+            output: OutputFlags) -> Any:
+    from exactprune.pipeline import verify
+
+    checkpoint = _checkpoint(folder, output)
+    try:
+        with progress(output.quiet or output.json) as shown:
+            return verify(network, domain, options, data=data, progress=shown, checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        kept = f"what is finished is kept in {checkpoint}; the same command with --resume goes on from there"
+        raise KeyboardInterrupt(f"interrupted; {kept if checkpoint.exists() else 'nothing written'}") from None
+
+
+def _checkpoint(folder: Path, output: OutputFlags) -> Path:
+    """Where the pipeline keeps what is finished; without --resume an old one is dropped."""
+    path = folder / CHECKPOINT
+    if output.resume and not path.exists():
+        _say(f"nothing to resume in {folder}; starting from the beginning", output)
+    if not output.resume:
+        path.unlink(missing_ok=True)
+    return path
+
+
+def _write_run(result: Any, folder: Path, model: Path, source: ModelFlags) -> dict[str, Any]:
+    from exactprune.report.record import READ_BY_CHECKER, write_run
+
+    readable = model.suffix in READ_BY_CHECKER and source.arch is None
+    summary = write_run(result, folder, model=model, keep_network=not readable)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    return summary
+
+
+# -- after -------------------------------------------------------------------------------------------------------
+
+
+def _show(summary: dict[str, Any], report: Any, output: OutputFlags) -> None:
+    from exactprune.report.strict import pretty
+    from exactprune.report.tables import console
+
+    if output.json:
+        sys.stdout.write(pretty(summary))
+    else:
+        console(output.quiet).print(report)
+
+
+def _say(text: str, output: OutputFlags) -> None:
+    """A line for people: on stdout, or on stderr where stdout is for JSON."""
+    if not output.quiet:
+        print(text, file=sys.stderr if output.json else sys.stdout)
