@@ -71,7 +71,7 @@ def conv_bn() -> nn.Sequential:
 
 
 class Block(nn.Module):
-    """Residual block ``relu(conv(relu(conv(x))) + shortcut(x))``; a 1x1 shortcut where the stride is not 1."""
+    """Residual block ``relu(conv(relu(conv(x))) + shortcut(x))``; a 1x1 shortcut unless the stride is 1."""
 
     def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Block(nn.Module):
 
 
 def resnet() -> nn.Sequential:
-    """Return a stem, a stride-2 and a stride-1 residual block, and two linear layers; input (N, 1, 28, 28)."""
+    """Return a stem, a stride-2 and a stride-1 residual block, two linear layers; input (N, 1, 28, 28)."""
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, stride=2, padding=1),
         nn.ReLU(),
@@ -113,9 +113,9 @@ class Recipe:
         l1: Weight of the L1 term, 0 for none.
         epochs: Passes over the training set.
         input_shape: Shape of one input.
+        batch: Batch size.
         lr: Initial learning rate of SGD, annealed to 0 by a cosine.
         momentum: Momentum of SGD.
-        batch: Batch size.
         seed: Seeds the initial weights and the order of the samples.
         suffix: ``.pt`` (whole ``nn.Sequential``) or ``.onnx``.
         half: Round the trained weights to float16 and store them so; accuracies are measured after rounding.
@@ -124,13 +124,13 @@ class Recipe:
     name: str
     build: Callable[[], nn.Sequential]
     architecture: str
-    data: str
-    l1: float
-    epochs: int
+    data: str = "fashion"
+    l1: float = 0.0
+    epochs: int = 30
     input_shape: tuple[int, ...] = (784,)
+    batch: int = 64
     lr: float = 0.03
     momentum: float = 0.9
-    batch: int = 64
     seed: int = 0
     suffix: str = ".pt"
     half: bool = False
@@ -145,22 +145,31 @@ IMAGE = (1, 28, 28)
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("digits_2x32", lambda: mlp(64, 32, 32, 10), "64-32-32-10", "digits", 5e-4, 200, (64,), batch=32),
-        Recipe("fashion_2x100", lambda: mlp(784, 100, 100, 10), "784-100-100-10", "fashion", 1e-4, 30),
-        Recipe("fashion_2x100_plain", lambda: mlp(784, 100, 100, 10), "784-100-100-10", "fashion", 0.0, 30),
-        Recipe("fashion_2x200", lambda: mlp(784, 200, 200, 10), "784-200-200-10", "fashion", 1e-4, 30),
-        Recipe("fashion_2x800", lambda: mlp(784, 800, 800, 10), "784-800-800-10", "fashion", 5e-5, 30, half=True),
-        Recipe("fashion_5x100", lambda: mlp(784, *[100] * 5, 10), "784-5x100-10", "fashion", 1e-4, 30),
+        Recipe("digits_2x32", lambda: mlp(64, 32, 32, 10), "64-32-32-10", "digits", 5e-4, 200, (64,), 32),
+        Recipe("fashion_2x100", lambda: mlp(784, 100, 100, 10), "784-100-100-10", l1=1e-4),
+        Recipe("fashion_2x100_plain", lambda: mlp(784, 100, 100, 10), "784-100-100-10", l1=0.0),
+        Recipe("fashion_2x200", lambda: mlp(784, 200, 200, 10), "784-200-200-10", l1=7e-5),
+        Recipe("fashion_2x800", lambda: mlp(784, 800, 800, 10), "784-800-800-10", l1=5e-5, half=True),
+        Recipe("fashion_5x100", lambda: mlp(784, *[100] * 5, 10), "784-5x100-10", l1=7e-5),
         Recipe(
-            "fashion_conv_bn", conv_bn, "conv 8, conv 16 (3x3, stride 2, batch norm), 784-32-10", "fashion",
-            1e-4, 30, IMAGE,
+            "fashion_conv_bn",
+            conv_bn,
+            "conv 8, conv 16 (3x3, stride 2, batch norm), 784-32-10",
+            l1=1e-3,
+            epochs=20,
+            input_shape=IMAGE,
         ),
         Recipe(
-            "fashion_resnet", resnet, "conv 8, residual 8 (stride 2), residual 8, 392-32-10", "fashion",
-            1e-4, 30, IMAGE, suffix=".onnx",
+            "fashion_resnet",
+            resnet,
+            "conv 8, residual 8 (stride 2), residual 8, 392-32-10",
+            l1=2e-4,
+            epochs=20,
+            input_shape=IMAGE,
+            suffix=".onnx",
         ),
     )
-}  # fmt: skip
+}
 
 
 # -------------------------------------------------------------------------------------------------- data
@@ -297,7 +306,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def freeze(network: nn.Sequential, recipe: Recipe) -> nn.Sequential:
-    """Return the network as it is stored: on the CPU, in evaluation mode, rounded where the recipe says so."""
+    """Return the network as stored: on the CPU, in evaluation mode, rounded where the recipe says so."""
     network = network.cpu().eval()
     for parameter in network.parameters():
         parameter.grad = None
@@ -415,20 +424,20 @@ def record_stability(name: str, run: Path) -> None:
 INTRO = """# Model card
 
 Small ReLU networks to try exactprune on. This page is generated from `models.json` by `models/train.py`;
-do not edit it. Inputs are pixels scaled to [0, 1], so the natural domain is the unit box; outputs are 10 logits.
-`.pt` files hold a whole `nn.Sequential` in evaluation mode; the `.onnx` file has batch size 1. All weights are
-float32 unless the recipe says float16.
+do not edit it. Inputs are pixels scaled to [0, 1], so the natural domain is the unit box; outputs are 10
+logits. `.pt` files hold a whole `nn.Sequential` in evaluation mode; the `.onnx` file has batch size 1. All
+weights are float32 unless the recipe says float16.
 
-Optimiser: SGD with momentum, the learning rate annealed to 0 by a cosine, cross entropy plus L1 weight x sum of
-the absolute weights (biases excluded). Digits: every fifth sample of a fixed permutation is the test set.
+Optimiser: SGD with momentum, the learning rate annealed to 0 by a cosine, cross entropy plus L1 weight x sum
+of the absolute weights (biases excluded). Digits: every fifth sample of a fixed permutation is the test set.
 """
 
 STABILITY_NOTE = """
 ## Stable neurons on the unit box
 
 Per ReLU layer: stably inactive + stably active / neurons. "Unstable" means that inputs with both signs were
-found; "open" means neither proved nor refuted by the method named, so it is left to an exact decision. The counts
-are estimates of that method, not certified results.
+found; "open" means neither proved nor refuted by the method named, so it is left to an exact decision. The
+counts are estimates of that method, not certified results.
 """
 
 
@@ -496,13 +505,15 @@ def recipes_table(results: dict[str, dict]) -> list[str]:
             f"{entry['lr']:g}, {entry['momentum']:g}",
             entry["seed"],
             "float16" if entry["half"] else "float32",
-            f"{entry['seconds']:.0f} s, {entry['threads']} threads, torch {entry['torch']}, {entry['hardware']}",
+            f"{entry['seconds']:.0f} s, {entry['threads']} thread(s)",
+            f"torch {entry['torch']}, {entry['hardware']}",
         )
         for entry in results.values()
     ]
-    return table(
-        "command | data | L1 weight | epochs | batch | lr, momentum | seed | stored as | made in", rows
+    header = (
+        "command | data | L1 weight | epochs | batch | lr, momentum | seed | stored as | time | made with"
     )
+    return table(header, rows)
 
 
 def files_table(results: dict[str, dict]) -> list[str]:
