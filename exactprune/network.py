@@ -42,6 +42,24 @@ class Node:
     inputs: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Interface:
+    """How the model file presents its input and output, kept so that a saved network can take the original's place.
+
+    Not part of the function, so not hashed. Axes are integers, or a string for a dynamic axis; None stands for
+    ``("batch", *shape)``.
+
+    Attributes:
+        input_name, output_name: names of the two tensors.
+        input_axes, output_axes: full shapes, batch axis included where the file has one.
+    """
+
+    input_name: str = "input"
+    output_name: str = "output"
+    input_axes: tuple[int | str, ...] | None = None
+    output_axes: tuple[int | str, ...] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Network:
     """A ReLU network, ready to be analysed.
@@ -52,6 +70,7 @@ class Network:
         dtype: ``float32`` or ``float64``, the dtype of every stored array and of the network's own execution.
         name: for people.
         notes: what the loader did to the numbers (folded a batch norm, widened float16, ...), one sentence each.
+        interface: how the model file presents input and output.
 
     Raises:
         ShapeError: shapes do not fit, or nodes are not in topological order.
@@ -63,6 +82,7 @@ class Network:
     dtype: np.dtype
     name: str = "network"
     notes: tuple[str, ...] = ()
+    interface: Interface = Interface()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
@@ -200,7 +220,7 @@ class Network:
 
 
 def build(nodes: Iterable[Node], input_shape: Sequence[int], dtype: np.dtype | type, *, output: int | None = None,
-          name: str = "network", notes: Sequence[str] = ()) -> Network:
+          name: str = "network", notes: Sequence[str] = (), interface: Interface | None = None) -> Network:
     """A tidy network from nodes in topological order: what loaders and rewrites end with.
 
     Arrays are cast to ``dtype`` (a cast that changes a value is the caller's to note). Reshapes that change nothing are
@@ -213,6 +233,7 @@ def build(nodes: Iterable[Node], input_shape: Sequence[int], dtype: np.dtype | t
         output: position of the output node; the last one by default.
         name: for people.
         notes: see ``Network.notes``.
+        interface: see ``Network.interface``; pass the original's when rewriting.
     """
     given = list(nodes)
     output = len(given) - 1 if output is None else output
@@ -240,15 +261,16 @@ def build(nodes: Iterable[Node], input_shape: Sequence[int], dtype: np.dtype | t
             raise ShapeError(f"node '{node.name}': {error}") from None
         place[position] = len(kept)
         kept.append(Node(node.name, op, inputs))
-    return _without_dead(kept, place[output], tuple(input_shape), np.dtype(dtype), name, tuple(notes))
+    return _without_dead(kept, place[output], tuple(input_shape), np.dtype(dtype), name, tuple(notes),
+                         interface or Interface())
 
 
 def _without_dead(nodes: list[Node], output: int, input_shape: Shape, dtype: np.dtype, name: str,
-                  notes: tuple[str, ...]) -> Network:
+                  notes: tuple[str, ...], interface: Interface) -> Network:
     needed = sorted(_reaching(nodes, output))
     place = {INPUT: INPUT} | {old: new for new, old in enumerate(needed)}
     kept = tuple(replace(nodes[i], inputs=tuple(place[j] for j in nodes[i].inputs)) for i in needed)
-    return Network(kept, input_shape, dtype, name, notes)
+    return Network(kept, input_shape, dtype, name, notes, interface)
 
 
 def _reaching(nodes: Sequence[Node], output: int) -> set[int]:
