@@ -1,0 +1,142 @@
+"""Measuring two networks by running them: agreement, latency, bytes. Nothing here is a claim about all inputs.
+
+Agreement is measured in the network's own dtype, on random points, corners and given data, and next to it the original
+against itself at another batch size: float addition is not associative, so the original does not agree with itself bit
+for bit either, and that difference is the scale on which to read the other one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from exactprune.compress.levels import Level, measured
+from exactprune.domain import Box
+from exactprune.errors import ShapeError
+from exactprune.network import Network
+
+Run = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """f against g on a set of inputs, in the networks' own dtype.
+
+    Attributes:
+        inputs: how many.
+        largest: largest absolute difference of any output.
+        flips: inputs whose largest output is another one.
+        itself: largest absolute difference of f at one batch size from f at another.
+        runner: what ran the networks, ``torch`` or ``numpy``.
+    """
+
+    inputs: int
+    largest: float
+    flips: int
+    itself: float
+    runner: str
+
+    @property
+    def level(self) -> Level:
+        """The level ``measured``."""
+        return measured(self.largest, self.inputs)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median seconds of one call at one batch size."""
+
+    batch: int
+    before: float
+    after: float
+
+
+def compare(f: Network, g: Network, domain: Box, *, data: np.ndarray | None = None, points: int = 1000,
+            corners: int = 1000, seed: int = 0, other_batch: int = 7) -> Agreement:
+    """Run f and g on random points, corners and data.
+
+    Args:
+        f, g: original and compressed network.
+        domain: box to sample from.
+        data: shape (samples, *input shape), optional; not required to lie in the box.
+        points, corners: how many of each.
+        seed: of the random generator.
+        other_batch: second batch size for f against itself.
+
+    Raises:
+        ShapeError: input or output shapes differ.
+    """
+    if (f.input_shape, f.output_shape) != (g.input_shape, g.output_shape):
+        raise ShapeError(f"compare: {f.name} maps {f.input_shape} to {f.output_shape}, {g.name} {g.input_shape} to "
+                         f"{g.output_shape}; give networks with one interface")
+    rng = np.random.default_rng(seed)
+    x = np.concatenate([domain.sample(points, rng), domain.corners(corners, rng), _data(f, data)]).astype(f.dtype)
+    (run_f, runner), (run_g, _) = runner_of(f), runner_of(g)
+    a, b, c = _batched(run_f, x, 256), _batched(run_g, x, 256), _batched(run_f, x, other_batch)
+    flips = (a.argmax(axis=1) != b.argmax(axis=1)).sum() if a.size else 0
+    return Agreement(len(x), _largest(a, b), int(flips), _largest(a, c), runner)
+
+
+def _data(network: Network, data: np.ndarray | None) -> np.ndarray:
+    return np.empty((0, *network.input_shape)) if data is None else np.reshape(data, (-1, *network.input_shape))
+
+
+def _largest(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0.0))
+
+
+def _batched(run: Run, x: np.ndarray, size: int) -> np.ndarray:
+    if not len(x):
+        return np.empty((0, 0))
+    return np.concatenate([run(x[i:i + size]).reshape(len(x[i:i + size]), -1) for i in range(0, len(x), size)])
+
+
+def runner_of(network: Network) -> tuple[Run, str]:
+    """How to run a network: a torch module where ``exactprune.io`` can make one, else plain numpy; and its name."""
+    module = _torch_module(network)
+    if module is None:
+        return network.evaluate, "numpy"
+    import torch
+
+    def run(x: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return module(torch.from_numpy(np.ascontiguousarray(x))).numpy()
+
+    return run, "torch"
+
+
+def _torch_module(network: Network) -> Any:
+    to_torch = getattr(importlib.import_module("exactprune.io"), "to_torch", None)
+    return None if to_torch is None else to_torch(network).eval()
+
+
+def latency(f: Network, g: Network, *, batches: Sequence[int] = (1, 64), repeats: int = 30,
+            seed: int = 0) -> list[Latency]:
+    """Median wall-clock seconds of a call, f and g alternating so that both see the same machine."""
+    rng = np.random.default_rng(seed)
+    (run_f, _), (run_g, _) = runner_of(f), runner_of(g)
+    found = []
+    for batch in batches:
+        x = rng.random((batch, *f.input_shape)).astype(f.dtype)
+        _ = run_f(x), run_g(x)
+        pairs = [(_seconds(run_f, x), _seconds(run_g, x)) for _ in range(repeats)]
+        before, after = (statistics.median(column) for column in zip(*pairs, strict=True))
+        found.append(Latency(batch, before, after))
+    return found
+
+
+def _seconds(run: Run, x: np.ndarray) -> float:
+    start = time.perf_counter()
+    run(x)
+    return time.perf_counter() - start
+
+
+def weight_bytes(network: Network) -> int:
+    """Bytes of the stored arrays."""
+    return sum(array.nbytes for node in network.nodes for _, array in node.op.arrays())

@@ -1,0 +1,179 @@
+"""Rewrite: the result of compressing a network, and the entry point ``compress_network``.
+
+Rules are applied to a fixed point: f = f_0 -> f_1 -> ... -> g, where each step is an identity on D or has a certified
+deviation, and the claim about g is the sum (``compress.levels``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+
+from exactprune.claim import LayerVerdict, Status
+from exactprune.compress.apply import Origin, State, apply
+from exactprune.compress.levels import EXACT, Level
+from exactprune.compress.plan import Plan, Removal, plan_exact, removals_of
+from exactprune.compress.reads import unread_inputs
+from exactprune.compress.units import units_of
+from exactprune.domain import Box
+from exactprune.errors import DomainError, OptionError
+from exactprune.network import Network
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One rewrite of the chain.
+
+    Attributes:
+        rule: its name.
+        text: one sentence for people.
+        data: everything needed to redo or check it, JSON-able.
+        level: what is claimed about this step alone.
+    """
+
+    rule: str
+    text: str
+    data: dict[str, object] = field(default_factory=dict)
+    level: Level = EXACT
+
+    def as_dict(self) -> dict[str, object]:
+        """JSON-able form."""
+        level = {"kind": self.level.kind.name.lower(), "eps": self.level.eps}
+        return {"rule": self.rule, "text": self.text, "level": level, "data": self.data}
+
+
+@dataclass(frozen=True, eq=False)
+class Rewrite:
+    """A compressed network and what is claimed about it.
+
+    Attributes:
+        network: the smaller network, same interface.
+        removals: every unit that went, in the original numbering.
+        steps: the chain of rewrites.
+        level: the claim about the whole chain.
+        origin: per ReLU layer of ``network``: the original layer and the original unit of each unit (-1: a new one).
+        verdicts: per ReLU layer of ``network``.
+        dead_inputs: flat indices of inputs that nothing reads (they stay: the interface does not change).
+        budget: the largest deviation that was allowed.
+        reach: largest absolute output attained at a point found in D, rounded down; 0 when no budget needed it.
+    """
+
+    network: Network
+    removals: tuple[Removal, ...]
+    steps: tuple[Step, ...]
+    level: Level
+    origin: tuple[Origin, ...]
+    verdicts: tuple[LayerVerdict, ...]
+    dead_inputs: tuple[int, ...] = ()
+    budget: float = 0.0
+    reach: float = 0.0
+
+    @property
+    def eps(self) -> float:
+        """Certified bound on max over D and outputs of abs(f - g); 0 when exact."""
+        return self.level.eps
+
+    @property
+    def rewrites(self) -> tuple[dict[str, object], ...]:
+        """The chain of rewrites as JSON-able data."""
+        return tuple(step.as_dict() for step in self.steps)
+
+    def __repr__(self) -> str:
+        rules: dict[str, int] = {}
+        for removal in self.removals:
+            rules[removal.rule] = rules.get(removal.rule, 0) + 1
+        found = ", ".join(f"{n} {rule}" for rule, n in sorted(rules.items())) or "nothing"
+        return (f"Rewrite({self.level}; {self.network.neurons:,} neurons and {self.network.parameters:,} parameters "
+                f"left; removed units: {found})")
+
+
+def compress_network(network: Network, domain: Box, layers: Sequence[LayerVerdict]) -> Rewrite:
+    """Remove what is proved to change nothing on the domain.
+
+    Args:
+        network: any network.
+        domain: the box the verdicts are about.
+        layers: one verdict per ReLU layer, in order.
+
+    Returns:
+        the smaller network with the level of the claim; the network itself when nothing can go.
+
+    Raises:
+        DomainError: the box does not have the input's size.
+        OptionError: verdicts do not fit the network's ReLU layers.
+    """
+    _check(network, domain, layers)
+    state, removals, steps = shrink(start(network, layers))
+    level = sum((step.level for step in steps), EXACT)
+    return Rewrite(state.network, tuple(removals), tuple(steps), level, state.origin, state.verdicts,
+                   unread_inputs(network))
+
+
+def start(network: Network, layers: Sequence[LayerVerdict]) -> State:
+    """The state before the first rewrite."""
+    axes = units_of(network).axis
+    shapes = [network.shapes[i] for i in network.relus]
+    return State(network, tuple(layers), tuple((k, np.arange(shape[axes[position]] if shape else 1))
+                                               for k, (position, shape) in enumerate(zip(network.relus, shapes))))
+
+
+def shrink(state: State, *, linearise: bool = False) -> tuple[State, list[Removal], list[Step]]:
+    """Apply exact plans until the network does not get smaller any more."""
+    removals: list[Removal] = []
+    steps: list[Step] = []
+    while True:
+        plan = plan_exact(state.network, state.verdicts, linearise=linearise)
+        smaller = state if plan.empty else apply(state, plan)
+        if _size(smaller.network) == _size(state.network):
+            return state, removals, steps
+        gone = _gone(plan, state, smaller)
+        removals += gone
+        steps.append(_step(state, plan, gone))
+        state = smaller
+
+
+def _gone(plan: Plan, before: State, after: State) -> list[Removal]:
+    """The plan's removals, and units of layers that no path to the output passes any more."""
+    shapes = [before.network.shapes[i] for i in before.network.relus]
+    planned = removals_of(plan, before.origin, shapes)
+    left = {layer for layer, _ in after.origin}
+    found = {(r.layer, r.index) for r in planned}
+    for (layer, units), verdict, shape in zip(before.origin, before.verdicts, shapes, strict=True):
+        if layer not in left:
+            size = prod(shape) // max(len(units), 1)
+            active = bool((verdict.status == Status.ACTIVE).all())
+            rule = "linear" if active and before.network.relus[verdict.layer] in plan.identities else "unread"
+            planned += [Removal(layer, int(u), rule, EXACT, size) for u in units
+                        if u >= 0 and (layer, int(u)) not in found]
+    return planned
+
+
+def _size(network: Network) -> tuple[int, int, int]:
+    return network.parameters, network.neurons, len(network.nodes)
+
+
+def _step(state: State, plan: Plan, gone: Sequence[Removal]) -> Step:
+    names = [state.network.nodes[i].name for i in plan.identities]
+    if names:
+        return Step("identity", f"{', '.join(names)} equal an input of theirs on the domain and went", {"nodes": names})
+    rules: dict[str, dict[str, list[int]]] = {}
+    for removal in gone:
+        rules.setdefault(removal.rule, {}).setdefault(str(removal.layer), []).append(removal.index)
+    counts = ", ".join(f"{sum(map(len, by.values()))} {rule}" for rule, by in rules.items())
+    folded = {state.network.nodes[i].name: [float(b) for b in bias] for i, bias in plan.biases.items()}
+    text = f"removed {counts or 'units outside the ReLU layers'}" + ("; constants folded exactly" if folded else "")
+    return Step("remove", text, {"units": rules, "biases": folded})
+
+
+def _check(network: Network, domain: Box, layers: Sequence[LayerVerdict]) -> None:
+    if domain.shape != network.input_shape:
+        raise DomainError(f"box of shape {list(domain.shape)} for a network whose input has shape "
+                          f"{list(network.input_shape)}; use Box.reshaped")
+    expected = [network.shapes[i] for i in network.relus]
+    given = [tuple(v.shape) for v in layers]
+    if given != expected or [v.layer for v in layers] != list(range(len(expected))):
+        raise OptionError(f"verdicts of shapes {given} for ReLU layers of shapes {expected}; give one per layer, "
+                          "in order")
