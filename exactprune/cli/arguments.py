@@ -132,7 +132,7 @@ class ModelFlags:
 
     Attributes:
         input_shape: Input shape without batch axis, for example 1,28,28; needed where the file does not say it.
-        arch: Architecture of a state_dict file, for example "Linear,ReLU,Linear".
+        arch: Architecture of a state_dict file, for example 784-100-10.
         data: .npz or .npy with inputs: tried as witnesses, and f and g are compared on them.
     """
 

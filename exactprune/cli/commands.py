@@ -136,12 +136,12 @@ def _write_run(result: Any, folder: Path, model: Path, source: ModelFlags) -> di
 
 def _show(summary: dict[str, Any], report: Any, output: OutputFlags) -> None:
     from exactprune.report.strict import pretty
-    from exactprune.report.tables import console
+    from exactprune.report.tables import rendered
 
     if output.json:
         sys.stdout.write(pretty(summary))
-    else:
-        console(output.quiet).print(report)
+    elif not output.quiet:
+        sys.stdout.write(rendered(report))
 
 
 def _say(text: str, output: OutputFlags) -> None:

@@ -8,42 +8,59 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from exactprune.claim import Method
 
 PIPE_WIDTH = 140
+_FEW = 6
+_LEFT = ("layer", "node", "settled by", "stage", "detail", "quantity")
 _COUNTS = ("neurons", "inactive", "active", "unstable", "unknown")
 
 
-def console(quiet: bool = False) -> Console:
-    """A console on stdout: colours and the terminal's width on a terminal, plain and wide when piped."""
+Report = list[Table | str]
+
+
+def rendered(report: Report) -> str:
+    """Text for stdout: in colour and at the terminal's width on a terminal; plain, wide and unwrapped when piped."""
     tty = sys.stdout.isatty()
     width = None if tty or "COLUMNS" in os.environ else PIPE_WIDTH
-    return Console(width=width, quiet=quiet, highlight=False, markup=False, emoji=False)
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    with console.capture() as captured:
+        for item in report:
+            console.print(item, soft_wrap=isinstance(item, str) and not tty)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
 
 
-def verify_report(summary: Mapping[str, Any], folder: str | None) -> RenderableType:
-    """What ``verify`` prints: model, domain, a table of layers, one of stages, the claim in words, the run folder."""
-    return Group(*map(Text, _heading(summary)), layer_table(summary), stage_table(summary),
-                 *(Text(line) for line in verify_words(summary, folder)))
+def verify_report(summary: Mapping[str, Any], folder: str | None) -> Report:
+    """What ``verify`` prints: model, domain, tables of layers and stages, the claim in words, the run folder."""
+    return [*_heading(summary), "", layer_table(summary), "", method_table(summary), "", stage_table(summary), "",
+            *verify_words(summary, folder)]
 
 
 def layer_table(summary: Mapping[str, Any]) -> Table:
-    """One row a ReLU layer, and the totals."""
-    table = _table(("layer", "left"), ("node", "left"), *((name, "right") for name in _COUNTS), ("settled by", "left"))
+    """One row a ReLU layer with its counts, and the totals."""
+    table = _table("layer", "node", *_COUNTS)
     for layer in summary["layers"]:
-        table.add_row(str(layer["layer"]), layer["node"], *(_int(layer[c]) for c in _COUNTS), _pairs(layer["methods"]))
+        table.add_row(str(layer["layer"]), layer["node"], *(_int(layer[c]) for c in _COUNTS))
     table.add_section()
-    table.add_row("all", "", *(_int(summary["totals"][c]) for c in _COUNTS), _pairs(_total_methods(summary)))
+    table.add_row("all", "", *(_int(summary["totals"][c]) for c in _COUNTS))
+    return table
+
+
+def method_table(summary: Mapping[str, Any]) -> Table:
+    """One row a method that settled neurons; one column a layer where there are few."""
+    layers = summary["layers"] if len(summary["layers"]) <= _FEW else []
+    table = _table("settled by", "neurons", *(f"layer {layer['layer']}" for layer in layers))
+    for name, count in total_methods(summary).items():
+        table.add_row(name, _int(count), *(_int(layer["methods"].get(name, 0)) for layer in layers))
     return table
 
 
 def stage_table(summary: Mapping[str, Any]) -> Table:
     """One row a stage: seconds, neurons settled, details."""
-    table = _table(("stage", "left"), ("seconds", "right"), ("settled", "right"), ("detail", "left"))
+    table = _table("stage", "seconds", "settled", "detail")
     for stage in summary["stages"]:
         table.add_row(stage["name"], f"{stage['seconds']:.2f}", _int(stage["settled"]), stage["detail"])
     table.add_section()
@@ -53,12 +70,13 @@ def stage_table(summary: Mapping[str, Any]) -> Table:
 
 def verify_words(summary: Mapping[str, Any], folder: str | None) -> list[str]:
     """The claim, what is open, and where the evidence is."""
-    totals, where = summary["totals"], summary["domain"]["source"]
-    lines = [f"Claim: for every input of the domain ({where}), as a real function of the stored weights, "
-             f"{_neurons(totals['inactive'])} stably inactive (pre-activation never > 0), {totals['active']:,} stably "
-             f"active (never < 0); {totals['unstable']:,} are unstable: inputs with both signs are recorded."]
+    totals = summary["totals"]
+    lines = ["Claim, for every input of the domain and the network as a real function of its stored weights:",
+             f"  {_neurons(totals['inactive'])} stably inactive (pre-activation never above 0),",
+             f"  {_neurons(totals['active'])} stably active (pre-activation never below 0),",
+             f"  {_neurons(totals['unstable'])} unstable (inputs with both signs are recorded)."]
     if totals["unknown"]:
-        lines.append(f"Unknown: {totals['unknown']:,}; each has its reason in neurons.csv, and none is ever removed.")
+        lines.append(f"  {_neurons(totals['unknown'])} unknown (reasons in neurons.csv; never removed).")
     checked = summary["certificate"]["checked"]
     if checked:
         lines.append(f"Checked: the independent checker accepted {checked['accepted']:,} verdicts and rejected "
@@ -73,10 +91,16 @@ def verify_words(summary: Mapping[str, Any], folder: str | None) -> list[str]:
 
 def before_after_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
     """Rows (quantity, before, after, change)."""
-    table = _table(("", "left"), ("before", "right"), ("after", "right"), ("change", "right"))
+    table = _table("quantity", "before", "after", "change")
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def total_methods(summary: Mapping[str, Any]) -> dict[str, int]:
+    """Method -> neurons it settled in all layers, in the order of ``Method``."""
+    total = {m.word: sum(layer["methods"].get(m.word, 0) for layer in summary["layers"]) for m in Method}
+    return {name: count for name, count in total.items() if count}
 
 
 def size_words(count: float) -> str:
@@ -96,22 +120,12 @@ def _heading(summary: Mapping[str, Any]) -> list[str]:
     return [*lines, f"Domain: {domain['source']}"]
 
 
-def _table(*columns: tuple[str, str]) -> Table:
+def _table(*columns: str) -> Table:
     style = box.SIMPLE_HEAD if sys.stdout.isatty() else box.ASCII_DOUBLE_HEAD
     table = Table(box=style, pad_edge=False, show_edge=False)
-    for name, side in columns:
-        table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="left" if name in _LEFT else "right", overflow="fold")
     return table
-
-
-def _total_methods(summary: Mapping[str, Any]) -> dict[str, int]:
-    names = [m.word for m in Method]
-    total = {name: sum(layer["methods"].get(name, 0) for layer in summary["layers"]) for name in names}
-    return {name: count for name, count in total.items() if count}
-
-
-def _pairs(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 def _int(value: int) -> str:
