@@ -42,8 +42,8 @@ class Box:
         crossed = np.flatnonzero(self.lower > self.upper)
         if crossed.size:
             i = crossed[0]
-            raise DomainError(f"box ({self.source}): lower {self.lower.flat[i]!r} > upper {self.upper.flat[i]!r} at flat index "
-                              f"{i} ({crossed.size} such); swap or repair them")
+            raise DomainError(f"box ({self.source}): lower {float(self.lower.flat[i])!r} > upper "
+                              f"{float(self.upper.flat[i])!r} at flat index {i} ({crossed.size} such); repair them")
 
     @property
     def shape(self) -> Shape:
@@ -72,8 +72,8 @@ class Box:
         if self.shape == shape:
             return self
         if self.lower.size != int(np.prod(shape)):
-            raise DomainError(f"box ({self.source}): has {self.lower.size} values, the network's input {list(shape)} has "
-                              f"{int(np.prod(shape))}")
+            raise DomainError(f"box ({self.source}): has {self.lower.size} values, the network's input "
+                              f"{list(shape)} has {int(np.prod(shape))}")
         return Box(self.lower.reshape(shape), self.upper.reshape(shape), self.source)
 
     def sample(self, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -93,7 +93,8 @@ class Box:
 def uniform(lower: float, upper: float, shape: Sequence[int]) -> Box:
     """The same interval for every input."""
     shape = tuple(shape)
-    return Box(np.full(shape, lower, np.float64), np.full(shape, upper, np.float64), f"[{lower:g}, {upper:g}] for every input")
+    words = f"[{lower:g}, {upper:g}] for every input"
+    return Box(np.full(shape, lower, np.float64), np.full(shape, upper, np.float64), words)
 
 
 def around(center: np.ndarray, epsilon: float, clip: tuple[float, float] | None = None) -> Box:

@@ -63,7 +63,7 @@ def _box(flags: DomainFlags, network: Network) -> Box:
 def _vnnlib(flags: DomainFlags, network: Network) -> Box:
     from exactprune.io import load_vnnlib
 
-    return load_vnnlib(_some(flags.vnnlib), network.input_shape)
+    return load_vnnlib(_some(flags.vnnlib))
 
 
 def _ball(flags: DomainFlags, network: Network) -> Box:
