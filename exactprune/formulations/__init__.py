@@ -1,0 +1,1 @@
+"""Optimisation models of networks as plain arrays (or Pyomo models). Nothing here solves anything."""
