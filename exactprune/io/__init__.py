@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from exactprune.network import Network
 
-__all__ = ["load", "load_vnnlib"]
+__all__ = ["load", "load_vnnlib", "save", "to_torch"]
 
 SUFFIXES = (".pt", ".pth", ".pt2", ".onnx", ".npz", ".safetensors")
 
@@ -83,6 +83,36 @@ def _load_file(path: Path, shape: tuple[int, ...] | None, arch: str | torch.nn.M
 
         return load_safetensors(path, arch, shape)
     raise LoadError(f"{path}: unknown kind of file; give one of {', '.join(SUFFIXES)}")
+
+
+def save(network: Network, path: str | os.PathLike[str]) -> None:
+    """Write ``network``, atomically, in the format that the name's ending says.
+
+    ``.onnx`` (opset 17), ``.pt`` (an ``nn.Sequential``), ``.pt2`` (a torch.export program) or ``.npz`` (the canonical form).
+
+    Raises:
+        OptionError: the ending is another, or the place cannot be written.
+        UnsupportedOpError: a ``.pt`` is wanted and the network is not a chain of ``torch.nn`` layers.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".onnx":
+        from exactprune.io.onnx_export import save_onnx as writer
+    elif suffix in (".pt", ".pth"):
+        from exactprune.io.torch_export import save_pt as writer
+    elif suffix == ".pt2":
+        from exactprune.io.torch_export import save_pt2 as writer
+    elif suffix == ".npz":
+        from exactprune.io.npz import save_npz as writer
+    else:
+        raise OptionError(f"{path}: cannot tell the format from the name; end it in .onnx, .pt, .pt2 or .npz")
+    writer(network, path)
+
+
+def to_torch(network: Network) -> torch.nn.Module:
+    """``network`` as a PyTorch module in evaluation mode that takes (batch, *input_shape)."""
+    from exactprune.io.torch_export import to_torch as convert
+
+    return convert(network)
 
 
 def _check_file(path: Path) -> None:

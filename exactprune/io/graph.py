@@ -273,12 +273,13 @@ class Graph:
         """
         if ceil_mode and self._ceiled(name, x, kernel, stride, padding, (1, 1)) != padding:
             raise unsupported(name, "AveragePool", "ceil_mode adds partial windows; export with ceil_mode=False")
-        return self.spatial(name, "AveragePool", x, AvgPool2d(kernel, stride, padding, count_include_pad))
+        include = count_include_pad or not any(padding)
+        return self.spatial(name, "AveragePool", x, AvgPool2d(kernel, stride, padding, include))
 
     def _ceiled(self, name: str, x: Tensor, kernel: tuple[int, int], stride: tuple[int, int],
                 padding: tuple[int, int, int, int], dilation: tuple[int, int]) -> tuple[int, int, int, int]:
         _, *size = self._shape(self.image(name, "pool", x))
-        extra = [_ceil_extra(size[i], padding[i] , padding[i + 2], (kernel[i] - 1) * dilation[i] + 1, stride[i]) for i in (0, 1)]
+        extra = [ceil_extra(size[i], padding[i] , padding[i + 2], (kernel[i] - 1) * dilation[i] + 1, stride[i]) for i in (0, 1)]
         return (padding[0], padding[1], padding[2] + extra[0], padding[3] + extra[1])
 
     def adaptive_avg_pool(self, name: str, x: Tensor, size: Sequence[int | None]) -> Tensor:
@@ -432,7 +433,7 @@ def _fitted(array: np.ndarray, rank: int) -> np.ndarray:
     return array.reshape(array.shape[max(0, array.ndim - rank):])
 
 
-def _ceil_extra(size: int, before: int, after: int, span: int, stride: int) -> int:
+def ceil_extra(size: int, before: int, after: int, span: int, stride: int) -> int:
     """Padding at the end that makes rounding down give what rounding up gives (PyTorch, ONNX: the last window must
     start inside the input or the padding before it)."""
     room = size + before + after - span

@@ -25,6 +25,7 @@ from exactprune.ops import Conv2d, Shape
 Value = np.ndarray | Tensor | None
 
 OLDEST_OPSET = 7
+_BATCH = {"?": "batch"}
 MAX_CONSTANT = 1 << 28
 FOLDABLE = frozenset({
     "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Flatten", "Floor", "Gather", "Identity", "Mul",
@@ -58,7 +59,7 @@ def load_onnx(path: Path, *, input_shape: Shape | None = None) -> Network:
     result = values.get(output.name)
     if not isinstance(result, Tensor):
         raise UnsupportedOpError(f"{path}: its output '{output.name}' does not depend on its input")
-    return graph.network(result, _interface(given, output, result.shape))
+    return graph.network(result, _interface(given, output, shape, result.shape))
 
 
 def _read(path: Path) -> ModelProto:
@@ -138,13 +139,16 @@ def _full_shape(path: Path, given: ValueInfoProto, wanted: Shape | None) -> Shap
     return tuple(int(a) for a in ((1, *inner) if has_batch else inner))
 
 
-def _interface(given: ValueInfoProto, output: ValueInfoProto, result: Shape) -> Interface:
-    """Names and axes of the file's ends; the output's axes follow the input's where the file leaves them open."""
+def _interface(given: ValueInfoProto, output: ValueInfoProto, shape: Shape, result: Shape) -> Interface:
+    """Names and axes of the file's ends, with the shapes found at batch one."""
     source, axes = _axes(given), _axes(output)
-    if len(axes) != len(result):
-        axes = tuple(result)
-    fixed = tuple(a if i == 0 and isinstance(a, str) else n for i, (a, n) in enumerate(zip(axes, result, strict=True)))
-    return Interface(given.name, output.name, source or None, fixed)
+    return Interface(given.name, output.name, _settled(source, shape), _settled(axes, result))
+
+
+def _settled(axes: Sequence[int | str], shape: Shape) -> tuple[int | str, ...]:
+    """``axes`` with every dynamic one but the batch axis replaced by its size."""
+    sized = zip(axes, shape, strict=True) if len(axes) == len(shape) else ((n, n) for n in shape)
+    return tuple(_BATCH.get(a, a) if i == 0 and isinstance(a, str) else n for i, (a, n) in enumerate(sized))
 
 
 # -- constants -------------------------------------------------------------------------------------------------

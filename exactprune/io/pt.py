@@ -17,7 +17,7 @@ import numpy as np
 from exactprune.errors import LoadError, OptionError, ShapeError, UnsupportedOpError, WeightError
 from exactprune.io.archive import REMEDY, Module, read, tensors
 from exactprune.io.graph import Graph, Tensor, unsupported
-from exactprune.network import Network
+from exactprune.network import Interface, Network
 from exactprune.ops import Conv2d, Shape, pair
 
 MAX_LAYERS = 100_000
@@ -103,7 +103,13 @@ def from_module(root: Module, name: str, input_shape: Shape | None = None) -> Ne
         if reader is None or module.path not in _CLASSES:
             raise unsupported(layer, module.kind)
         x = reader(graph, _Layer(layer, module), x)
-    return graph.network(x)
+    return graph.network(x, _interface(layers, shape))
+
+
+def _interface(layers: Sequence[tuple[str, Module]], shape: Shape) -> Interface:
+    """A model that starts by flattening takes its flat input in any layout."""
+    first = next((m.kind for _, m in layers if m.kind not in _IDENTITY), "")
+    return Interface(input_axes=("batch", "...")) if first == "Flatten" and len(shape) == 1 else Interface()
 
 
 def _leaves(root: Module) -> list[tuple[str, Module]]:
