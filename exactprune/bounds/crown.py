@@ -1,0 +1,261 @@
+"""CROWN: backward bound propagation, batched over neurons and boxes, sound in float64.
+
+Start from coefficients v on the output of a node and substitute operators from there back to the input, replacing every ReLU
+by its relaxation (Zhang et al. 2018, eq. 8-10). What is left is a linear function of the input, whose maximum over a box is
+A.mid + abs(A).rad. The minimum is minus the maximum of the negative, so both sides are rows of one batch.
+
+Soundness in floating point: every product v M is within gamma abs(v) abs(M) of the exact one, so replacing the exact by the computed
+coefficients changes the form by at most gamma abs(v) . (abs(M) H + abs(b)) on D, with H >= abs(input of M) (docs/certificate.md has
+the exact version). These terms are added up with everything else; any order of summation, any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from exactprune.bounds.interval import NodeBounds, pool_windows
+from exactprune.bounds.program import TINY, Program
+from exactprune.bounds.relaxation import Relaxation, fused
+from exactprune.network import INPUT
+from exactprune.ops import Add, MaxPool2d, ReLU
+
+_ROWS = 384  # rows a pass on a CPU: a 384 x 800 block of doubles stays in the second-level cache
+
+
+@dataclass(eq=False)
+class Trace:
+    """What a pass met on its way, for those who tune the multipliers.
+
+    Attributes:
+        at_relu: layer -> coefficients on the ReLU outputs, (groups, rows, neurons).
+        at_input: coefficients on the input, (groups, rows, inputs).
+    """
+
+    at_relu: dict[int, Tensor] = field(default_factory=dict)
+    at_input: Tensor | None = None
+
+
+def _dot(v: Tensor, vector: Tensor) -> Tensor:
+    """(groups, rows, n) . (groups or 1, n) -> (groups, rows)."""
+    if len(vector) == 1:
+        return v @ vector[0]
+    if v.shape[1] == 1:
+        return (v[:, 0] * vector).sum(dim=-1, keepdim=True)
+    return torch.matmul(v, vector.unsqueeze(-1)).squeeze(-1)
+
+
+class Backward:
+    """One backward pass: the linear form carried so far.
+
+    Args:
+        program: the network.
+        known: bounds of every node before the start, with the ``error`` of linear nodes.
+        relaxations: per ReLU layer before the start.
+        trace: filled on the way if given.
+        extra: layer -> what is added to the multipliers there, (groups, neurons): beta terms of split neurons, whose sign makes
+            adding them sound (see ``deciders.branch_and_bound``).
+    """
+
+    def __init__(self, program: Program, known: Mapping[int, NodeBounds], relaxations: Mapping[int, Relaxation],
+                 trace: Trace | None = None, extra: Mapping[int, Tensor] | None = None) -> None:
+        self.program, self.known, self.relaxations, self.trace = program, known, relaxations, trace
+        self.extra = extra or {}
+        self.layer_of = {position: k for k, position in enumerate(program.network.relus)}
+
+    def run(self, start: int, v: Tensor, total: Tensor) -> Tensor:
+        """Upper bound of v . output(start) + total, (groups, rows); ``v`` is consumed."""
+        pending = {start: v}
+        for position in range(start, INPUT, -1):
+            if position in pending:
+                total = self._substitute(position, pending.pop(position), total, pending)
+        return self._at_input(pending.get(INPUT), total)
+
+    def _substitute(self, position: int, v: Tensor, total: Tensor, pending: dict[int, Tensor]) -> Tensor:
+        node = self.program.network.nodes[position]
+        match node.op:
+            case ReLU():
+                return self._relu(position, v, total, pending)
+            case Add():
+                total = total + self._shared_error(position, v)
+                for source in node.inputs:
+                    _accumulate(pending, source, v)
+                return total
+            case MaxPool2d():
+                return self._max_pool(position, v, total, pending)
+        return self._linear(position, v, total, pending)
+
+    def _relu(self, position: int, v: Tensor, total: Tensor, pending: dict[int, Tensor]) -> Tensor:
+        layer, source = self.layer_of[position], self.program.network.nodes[position].inputs[0]
+        relaxation = self.relaxations[layer]
+        if self.trace is not None:
+            self.trace.at_relu[layer] = v
+        if relaxation.alive is not None:
+            v = v.index_select(-1, relaxation.alive)
+        plus = v.clamp(min=0)
+        total = total + _dot(plus, relaxation.on_plus) - _dot(v, relaxation.on_all)
+        a = torch.addcmul(v * relaxation.low.unsqueeze(1), plus, relaxation.gap.unsqueeze(1))
+        if layer in self.extra:
+            a, total = self._with_extra(layer, source, a, total)
+        if not fused(self.program, layer):
+            _accumulate(pending, source, a)
+            return total
+        below = self.program.network.nodes[source].inputs[0]
+        mapping = self.program.maps[source]
+        assert mapping is not None
+        if relaxation.weight is not None:
+            _accumulate(pending, below, a @ relaxation.weight)
+        else:
+            _accumulate(pending, below, mapping.transposed(a.flatten(0, 1)).view(*a.shape[:2], -1))
+        return total
+
+    def _with_extra(self, layer: int, source: int, a: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        extra = self.extra[layer]
+        bounds, mapping = self.known[source], self.program.maps[source]
+        size = extra.abs()
+        error = size * bounds.magnitude * 4 * 2.0**-53
+        if fused(self.program, layer):
+            assert mapping is not None and bounds.error is not None
+            error = error + size * bounds.error * self.program.gamma
+            if mapping.bias is not None:
+                total = total + (extra * mapping.bias).sum(dim=-1, keepdim=True)
+        return a + extra.unsqueeze(1), total + error.sum(dim=-1, keepdim=True) * (1 + 1e-6)
+
+    def _linear(self, position: int, v: Tensor, total: Tensor, pending: dict[int, Tensor]) -> Tensor:
+        mapping = self.program.maps[position]
+        assert mapping is not None
+        if mapping.bias is not None:
+            total = total + v @ mapping.bias
+        error = self.known[position].error
+        if error is not None:
+            total = total + v.abs() @ (error.reshape(-1, error.shape[-1])[0] * (self.program.gamma * (1 + 1e-6)))
+        total = total + self._shared_error(position, v)
+        moved = mapping.transposed(v.flatten(0, 1)).view(*v.shape[:2], -1)
+        _accumulate(pending, self.program.network.nodes[position].inputs[0], moved)
+        return total
+
+    def _shared_error(self, position: int, v: Tensor) -> Tensor | float:
+        """Rounding of the sum of coefficients where several nodes read this one."""
+        if len(self.program.network.readers[position]) < 2:
+            return 0.0
+        magnitude = self.known[position].magnitude.amax(dim=0)
+        return v.abs() @ (magnitude * self.program.gamma)
+
+    def _max_pool(self, position: int, v: Tensor, total: Tensor, pending: dict[int, Tensor]) -> Tensor:
+        source = self.program.network.nodes[position].inputs[0]
+        chosen, wins, top, size = pool_choice(self.program, position, self.known[source])
+        plus, minus = v.clamp(min=0), v.clamp(max=0)
+        total = total + _dot(plus, top * ~wins) * (1 + self.program.gamma)
+        total = total + v.abs() @ ((size.amax(dim=0) + top.abs().amax(dim=0)) * self.program.gamma) + self._shared_error(position, v)
+        a = minus + plus * wins.unsqueeze(1)
+        out = v.new_zeros(*v.shape[:2], self.program.size(source))
+        out.scatter_add_(2, chosen.unsqueeze(1).expand(v.shape[0], v.shape[1], -1), a)
+        _accumulate(pending, source, out)
+        return total
+
+    def _at_input(self, v: Tensor | None, total: Tensor) -> Tensor:
+        if v is None:
+            return total
+        if self.trace is not None:
+            self.trace.at_input = v
+        bounds = self.known[INPUT]
+        middle = 0.5 * bounds.lower + 0.5 * bounds.upper
+        radius = torch.maximum(bounds.upper - middle, middle - bounds.lower) * (1 + 2.0**-50)
+        radius = (radius + self.program.gamma * (radius + middle.abs())) * (1 + 1e-15) + TINY
+        plus = v.clamp(min=0)
+        return total + _dot(plus, 2 * radius) + _dot(v, middle - radius)
+
+
+def _accumulate(pending: dict[int, Tensor], position: int, v: Tensor) -> None:
+    pending[position] = pending[position] + v if position in pending else v
+
+
+def pool_choice(program: Program, position: int, x: NodeBounds) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each window of a max pool: (input chosen, whether it is always the maximum, largest upper bound, magnitude)."""
+    low, up = pool_windows(program, position, x.lower), pool_windows(program, position, x.upper)
+    count = torch.arange(x.lower.shape[1], dtype=torch.float64, device=x.lower.device)
+    places = pool_windows(program, position, count[None], fill=-1.0)[0].long()
+    best = low.argmax(dim=-1, keepdim=True)
+    others = up.scatter(-1, best, -torch.inf).amax(dim=-1)
+    wins = low.gather(-1, best)[..., 0] >= others
+    chosen = places.expand(len(low), -1, -1).gather(-1, best)[..., 0]
+    return chosen, wins, up.amax(dim=-1), x.magnitude.gather(1, chosen)
+
+
+def start_rows(program: Program, layer: int, neurons: Tensor, known: Mapping[int, NodeBounds]) -> tuple[int, Tensor, Tensor]:
+    """Where a pass for these neurons starts: (node, coefficients on it (rows, size), constant (rows,)), rounding included."""
+    position = program.preactivation(layer)
+    mapping = program.maps[position] if position >= 0 else None
+    if mapping is None:
+        unit = torch.zeros(len(neurons), program.size(position), dtype=torch.float64, device=program.device)
+        unit[torch.arange(len(neurons), device=program.device), neurons] = 1.0
+        return position, unit, unit.new_zeros(len(neurons))
+    constant = torch.zeros(len(neurons), dtype=torch.float64, device=program.device)
+    if mapping.bias is not None:
+        constant = mapping.bias[neurons]
+    return program.network.nodes[position].inputs[0], mapping.rows(neurons), constant
+
+
+def start_error(program: Program, layer: int, neurons: Tensor, known: Mapping[int, NodeBounds]) -> Tensor:
+    """What rounding may have changed by the end of a pass besides its steps: (rows,)."""
+    bounds = known[program.preactivation(layer)]
+    if bounds.error is None:
+        return program.gamma * bounds.magnitude.amax(dim=0)[neurons]
+    return program.gamma * bounds.error.reshape(-1, bounds.error.shape[-1])[0][neurons]
+
+
+def crown_rows(program: Program, layer: int, neurons: Tensor, known: Mapping[int, NodeBounds],
+               relaxations: Mapping[int, Relaxation], memory: int = 1 << 31,
+               sensitivity: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """CROWN bounds of some neurons of a ReLU layer.
+
+    Args:
+        program: the network.
+        layer: number of the ReLU layer.
+        neurons: int64 indices.
+        known: bounds of the nodes before (``groups`` boxes), with ``error`` for linear nodes.
+        relaxations: of the ReLU layers before.
+        memory: bytes the pass may use.
+        sensitivity: if given, (groups, rows of the part, inputs) are appended: abs of the coefficients on the input, both
+            sides added.
+
+    Returns:
+        (lower, upper), each (groups, len(neurons)); infinite where the arithmetic failed.
+    """
+    groups = len(known[INPUT].lower)
+    widest = max(program.size(i) for i in range(INPUT, program.preactivation(layer) + 1))
+    step = max(1, memory // (8 * 8 * 2 * groups * widest))
+    if program.device.type == "cpu":
+        step = min(step, max(16, _ROWS * 800 // (groups * widest * 2)))
+    lowers, uppers = [], []
+    for part in neurons.split(step):
+        trace = Trace() if sensitivity is not None else None
+        lower, upper = _crown_part(program, layer, part, known, relaxations, trace)
+        if sensitivity is not None and trace is not None:
+            sensitivity.append(_sizes(trace, len(part), lower, program))
+        lowers.append(lower)
+        uppers.append(upper)
+    empty = torch.zeros(groups, 0, dtype=torch.float64, device=program.device)
+    return torch.cat([empty, *lowers], dim=1), torch.cat([empty, *uppers], dim=1)
+
+
+def _crown_part(program: Program, layer: int, neurons: Tensor, known: Mapping[int, NodeBounds],
+                relaxations: Mapping[int, Relaxation], trace: Trace | None) -> tuple[Tensor, Tensor]:
+    start, rows, constant = start_rows(program, layer, neurons, known)
+    groups = len(known[INPUT].lower)
+    v = torch.cat([rows, -rows]).unsqueeze(0).expand(groups, -1, -1)
+    total = torch.cat([constant, -constant]).expand(groups, -1)
+    bound = Backward(program, known, relaxations, trace).run(start, v, total)
+    bound = bound + start_error(program, layer, neurons, known).repeat(2)
+    bound = torch.nan_to_num(bound, nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
+    return -bound[:, len(neurons) :], bound[:, : len(neurons)]
+
+
+def _sizes(trace: Trace, rows: int, like: Tensor, program: Program) -> Tensor:
+    if trace.at_input is None:
+        return like.new_zeros(*like.shape, program.size(INPUT))
+    size = trace.at_input.abs()
+    return size[:, :rows] + size[:, rows:]

@@ -1,0 +1,105 @@
+"""The linear relaxation of a layer of ReLU neurons that backward bound propagation substitutes.
+
+To bound a maximum, a ReLU output y = max(z, 0) with coefficient v >= 0 is replaced by the upper line s z + t through (l, 0) and (u, u), and with
+v < 0 by alpha z with any alpha in [0, 1] (Zhang et al. 2018, "Efficient neural network robustness certification with general
+activation functions", CROWN; Xu et al. 2021, alpha-CROWN). Why it is sound in floating point: the slopes are *given*
+numbers. For whatever float s the intercept t is rounded up to at least max(relu(z) - s z) over [l, u], and computing a = v s
+instead of taking it exactly is paid for by 4 u abs(v) H, where H bounds abs(z).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exactprune.bounds.interval import NodeBounds
+from exactprune.bounds.linear_maps import DenseMap
+from exactprune.bounds.program import TINY, UNIT_ROUNDOFF, Program
+
+_INFLATE = 1 + 1e-6  # covers the rounding of the error terms themselves
+
+
+@dataclass(frozen=True, eq=False)
+class Relaxation:
+    """Slopes and constants of one ReLU layer; all tensors are (groups, neurons), or (groups, kept neurons) if compacted.
+
+    A step of backward propagation with coefficients v is: total += max(v, 0) . on_plus - v . on_all and
+    a = v * low + max(v, 0) * gap; both vectors already hold the bias and the error terms of the linear map below.
+
+    Attributes:
+        low: slope for v < 0.
+        gap: slope for v >= 0 minus ``low``.
+        on_plus, on_all: see above.
+        intercept: t.
+        alive: indices of the neurons that are not stably inactive, if compacted; None: all of them.
+        weight: rows ``alive`` of the dense map below, if compacted.
+    """
+
+    low: Tensor
+    gap: Tensor
+    on_plus: Tensor
+    on_all: Tensor
+    intercept: Tensor
+    alive: Tensor | None = None
+    weight: Tensor | None = None
+
+
+def fused(program: Program, layer: int) -> bool:
+    """Whether the pre-activation of a layer is a linear map that only this layer reads, so that its error terms fold into ours."""
+    position = program.preactivation(layer)
+    return position >= 0 and program.maps[position] is not None and len(program.network.readers[position]) == 1
+
+
+def upper_line(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope s (any float in [0, 1]) and intercept t >= max over [lower, upper] of relu(z) - s z."""
+    width = (upper - lower).clamp(min=TINY)
+    slope = (upper.clamp(min=0) / width).clamp(max=1)
+    slope = torch.where(lower >= 0, torch.ones_like(slope), slope)
+    above = upper.clamp(min=0) * (1 - slope)
+    intercept = torch.maximum(slope * (-lower).clamp(min=0), above) * (1 + 8 * UNIT_ROUNDOFF)
+    return slope, intercept
+
+
+def adaptive_slope(lower: Tensor, upper: Tensor) -> Tensor:
+    """CROWN's lower slope: 1 where the active part is the wider one, else 0."""
+    return (upper > -lower).to(lower.dtype)
+
+
+def relax(program: Program, layer: int, bounds: NodeBounds, alpha: Tensor | None = None, compact: bool = False) -> Relaxation:
+    """The relaxation of a ReLU layer over its pre-activation bounds.
+
+    Args:
+        program: the network.
+        layer: number of the ReLU layer.
+        bounds: of its pre-activation, (groups, neurons).
+        alpha: slopes in [0, 1] for v < 0 on unstable neurons, (groups, neurons); CROWN's adaptive rule by default.
+        compact: leave stably inactive neurons out (one group only, dense map below).
+    """
+    low_bound, up_bound = bounds.lower, bounds.upper
+    slope, intercept = upper_line(low_bound, up_bound)
+    low = adaptive_slope(low_bound, up_bound) if alpha is None else alpha
+    low = torch.where(low_bound >= 0, torch.ones_like(low), low) * (up_bound > 0)
+    gap = slope - low
+    error = 4 * UNIT_ROUNDOFF * bounds.magnitude + program.gamma * intercept
+    on_plus, on_all = intercept, torch.zeros_like(low)
+    if fused(program, layer):
+        error = error + program.gamma * bounds.error if bounds.error is not None else error
+        mapping = program.maps[program.preactivation(layer)]
+        if mapping is not None and mapping.bias is not None:
+            on_plus, on_all = on_plus + gap * mapping.bias, on_all - low * mapping.bias
+    error = error * _INFLATE * (up_bound > 0)
+    made = Relaxation(low, gap, on_plus + 2 * error, on_all + error, intercept)
+    return _compacted(program, layer, made, up_bound) if compact else made
+
+
+def _compacted(program: Program, layer: int, given: Relaxation, upper: Tensor) -> Relaxation:
+    mapping = program.maps[program.preactivation(layer)] if fused(program, layer) else None
+    if not isinstance(mapping, DenseMap) or len(upper) != 1:
+        return given
+    alive = torch.nonzero(upper[0] > 0).flatten()
+    if len(alive) > 0.85 * upper.shape[1]:
+        return given
+    parts = (t[:, alive] for t in (given.low, given.gap, given.on_plus, given.on_all, given.intercept))
+    return Relaxation(*parts, alive=alive, weight=mapping.weight[alive])
