@@ -1,10 +1,111 @@
-"""``check``: the independent checker on a model file and a run folder; neither torch nor a solver is imported."""
+"""``check``: the independent checker on a model file and a run folder; neither torch nor a solver is imported.
+
+The checker believes the certificate file only. What people read is `neurons.csv`, so its statuses are compared with the
+claims that the checker accepted: a status without an accepted claim counts as rejected.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from exactprune.claim import LayerVerdict, Status
+from exactprune.errors import CertificateError, ExactPruneError, LoadError
+
+SHOWN = 20
 
 
 def run_check(model: Path, run: Path, exact: bool, input_shape: tuple[int, ...] | None, json: bool, quiet: bool) -> int:
     """0 when every verdict is accepted, 1 when one is rejected."""
-    raise NotImplementedError
+    from exactprune.report.strict import pretty
+    from exactprune.report.tables import rendered
+
+    _check_paths(model, run)
+    summary = check_summary(model, run, exact, input_shape)
+    if json:
+        sys.stdout.write(pretty(summary))
+    elif not quiet:
+        sys.stdout.write(rendered(check_report(summary)))
+    return 0 if summary["accepted"] else 1
+
+
+def check_summary(model: Path, run: Path, exact: bool, input_shape: tuple[int, ...] | None) -> dict[str, Any]:
+    """The checker's report, with what `neurons.csv` says beyond it.
+
+    Raises:
+        LoadError: the checker cannot read the model.
+    """
+    from exactprune.checker import CheckError, check_run
+
+    try:
+        report = check_run(model, run, exact=exact, input_shape=input_shape)
+    except CheckError as error:
+        raise LoadError(f"{model}: {error}") from None
+    accepted = [layer.accepted for layer in report.layers]
+    summary = {"schema": "exactprune-check/1", "model": str(model), "run": str(run), "exact": exact, **report.as_dict()}
+    claims = [{"layer": k, "neurons": layer.neurons, **_claims(accepted[k], len(layer.rejected), layer.neurons)}
+              for k, layer in enumerate(report.layers)]
+    known = {(k, i) for k, i, *_ in report.rejected}
+    beyond = [] if report.error else _beyond(run, [layer.neurons for layer in report.layers], accepted, known)
+    rejected = [*summary["rejected"], *beyond]
+    return {**summary, "accepted": not (report.error or rejected), "layers": claims, "rejected": rejected}
+
+
+def check_report(summary: Mapping[str, Any]) -> list[Any]:
+    """What ``check`` prints."""
+    from exactprune.report.tables import check_table
+
+    lines = [f"  rejected: layer {r['layer']}, neuron {r['neuron']}, {r['claim']}: {r['reason']}"
+             for r in summary["rejected"][:SHOWN]]
+    if len(summary["rejected"]) > SHOWN:
+        lines.append(f"  and {len(summary['rejected']) - SHOWN:,} more (--json lists them all)")
+    count = sum(layer[word] for layer in summary["layers"] for word in ("inactive", "active", "unstable"))
+    if summary["error"]:
+        return [f"REJECTED as a whole: {summary['error']}"]
+    verdict = "ACCEPTED" if summary["accepted"] else f"REJECTED: {len(summary['rejected']):,} verdicts"
+    words = f"{verdict}. {count:,} verdicts hold, checked in {summary['seconds']:.2f} s."
+    return [check_table(summary), "", *lines, words]
+
+
+def _check_paths(model: Path, run: Path) -> None:
+    if not model.is_file():
+        raise LoadError(f"{model}: no such file; give the model that the run is about")
+    if not run.is_dir():
+        raise CertificateError(f"{run}: no such folder; give the run folder that verify wrote")
+    for name in ("certificates.jsonl.gz", "domain.npz"):
+        if not (run / name).is_file():
+            raise CertificateError(f"{run}: has no {name}; give the run folder that verify wrote")
+
+
+def _claims(accepted: Mapping[int, str], rejected: int, neurons: int) -> dict[str, int]:
+    counts = Counter(accepted.values())
+    words = {word: counts[word] for word in ("inactive", "active", "unstable")}
+    return {**words, "rejected": rejected, "unknown": neurons - sum(words.values()) - rejected}
+
+
+def _beyond(run: Path, sizes: list[int], accepted: list[dict[int, str]],
+            known: set[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Statuses of neurons.csv that no accepted claim stands behind; everything when it cannot be read."""
+    from exactprune.report.record import read_run
+
+    try:
+        layers = read_run(run).layers
+    except ExactPruneError as error:
+        return [_whole(str(error))]
+    if [layer.status.size for layer in layers] != sizes:
+        return [_whole("neurons.csv has other layers than the model")]
+    return [entry for verdict in layers for entry in _unbacked(verdict, accepted[verdict.layer], known)]
+
+
+def _whole(reason: str) -> dict[str, Any]:
+    return {"layer": 0, "neuron": 0, "claim": "the run folder", "reason": reason}
+
+
+def _unbacked(verdict: LayerVerdict, accepted: Mapping[int, str], known: set[tuple[int, int]]) -> list[dict[str, Any]]:
+    said = {i: Status(status).word for i, status in enumerate(verdict.status.tolist()) if status}
+    why = "neurons.csv says so, the certificate does not"
+    return [{"layer": verdict.layer, "neuron": i, "claim": word, "reason": why}
+            for i, word in said.items() if accepted.get(i) != word and (verdict.layer, i) not in known]

@@ -89,6 +89,17 @@ def verify_words(summary: Mapping[str, Any], folder: str | None) -> list[str]:
     return lines
 
 
+def check_table(summary: Mapping[str, Any]) -> Table:
+    """One row a ReLU layer: claims accepted by kind, rejected, and neurons without a claim."""
+    columns = ("neurons", "inactive", "active", "unstable", "rejected", "unknown")
+    table = _table("layer", *columns)
+    for layer in summary["layers"]:
+        table.add_row(str(layer["layer"]), *(_int(layer[c]) for c in columns))
+    table.add_section()
+    table.add_row("all", *(_int(sum(layer[c] for layer in summary["layers"])) for c in columns))
+    return table
+
+
 def before_after_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
     """Rows (quantity, before, after, change)."""
     table = _table("quantity", "before", "after", "change")
