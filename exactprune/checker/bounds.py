@@ -1,0 +1,245 @@
+"""Bounds on pre-activations over a region, by intervals and by backward substitution with given or fixed multipliers.
+
+The one inequality (docs/certificate.md): for z_hat in [l, u] and ANY a,
+``v * relu(z_hat) <= a * z_hat + max of v * relu(t) - a * t over t in {l, u} and 0 if l < 0 < u``,
+because the difference of both sides is linear on either side of 0. The multipliers a are hints: a bad one gives a weak
+bound, never a wrong one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from exactprune.checker import dyadic
+from exactprune.checker.dyadic import Array, Dyadic
+from exactprune.checker.layers import BITS, Layer, Linear, MaxPool, ReLU, interval, layers, rounding_cost, support
+from exactprune.checker.layers import gather_constants as constants
+from exactprune.checker.network import INPUT, CheckError, Network
+
+MEMORY = 300e6  # bytes that one batch of rows may take, roughly
+SLOPE = 30  # bits of a fixed slope u / (u - l) in coarse arithmetic; twice as many in exact arithmetic
+
+
+@dataclass(frozen=True, eq=False)
+class Multipliers:
+    """Given multipliers ``values * 2**-shift`` of one ReLU layer where ``given`` holds.
+
+    Attributes:
+        values: int64 (rows, neurons).
+        shift: int64 (rows,).
+        given: bool (rows, neurons).
+    """
+
+    values: Array
+    shift: Array
+    given: Array
+
+    def rows(self, part: slice) -> Multipliers:
+        """Some of the rows."""
+        return Multipliers(self.values[part], self.shift[part], self.given[part])
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """Where rows of a batch live: the input box and bounds of earlier layers, one for all rows (1, ...) or one per row.
+
+    Attributes:
+        box: lower and upper of the input, (1 or rows, *input shape).
+        relu: ReLU layer -> lower and upper pre-activation bounds, (1 or rows, neurons).
+        pool: max pool node -> lower and upper bounds of its input, (1 or rows, *shape).
+    """
+
+    box: tuple[Array, Array]
+    relu: Mapping[int, tuple[Array, Array]]
+    pool: Mapping[int, tuple[Array, Array]]
+
+    def rows(self, part: slice | Array) -> Region:
+        """The region for some of the rows."""
+        def take(pair: tuple[Array, Array]) -> tuple[Array, Array]:
+            return pair if len(pair[0]) == 1 else (pair[0][part], pair[1][part])
+
+        return Region(take(self.box), {k: take(p) for k, p in self.relu.items()}, {k: take(p) for k, p in self.pool.items()})
+
+
+@dataclass(eq=False)
+class Bounds:
+    """The network over the domain, and the bounds proved so far.
+
+    Attributes:
+        lower, upper: per ReLU layer reached so far, float64 (neurons,), rounded outward from what was proved.
+        ranges: per node, float64 interval bounds (1, *shape).
+    """
+
+    network: Network
+    box: tuple[Array, Array]
+    lower: list[Array] = field(default_factory=list)
+    upper: list[Array] = field(default_factory=list)
+    ranges: dict[int, tuple[Array, Array]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.layers: list[Layer] = layers(self.network)
+        self.layer_of = {node: k for k, node in enumerate(self.network.relus)}
+        self.ranges[INPUT] = (self.box[0][None], self.box[1][None])
+        self.widest = max([int(np.prod(self.network.shape_of(i))) for i in range(INPUT, len(self.layers))], default=1)
+
+    def reach(self, layer: int) -> None:
+        """Interval bounds for every node up to the input of a ReLU layer, from the bounds known by now."""
+        while len(self.lower) <= layer:
+            node = self.network.relus[len(self.lower)]
+            for position in range(max(self.ranges) + 1, node):
+                self._reach_node(position)
+            lower, upper = self.ranges[self.network.nodes[node].inputs[0]]
+            self.lower.append(lower.reshape(-1).copy())
+            self.upper.append(upper.reshape(-1).copy())
+
+    def _reach_node(self, position: int) -> None:
+        layer, inputs = self.layers[position], self.network.nodes[position].inputs
+        if isinstance(layer, ReLU):
+            shape, k = (1, *layer.shape), self.layer_of[position]
+            found = layer.interval([(self.lower[k].reshape(shape), self.upper[k].reshape(shape))], True)
+        else:
+            layer.prepare(*self.ranges[inputs[0]])
+            found = layer.interval([self.ranges[i] for i in inputs], True)
+        if not (np.isfinite(found[0]).all() and np.isfinite(found[1]).all()):
+            raise CheckError(f"node {position}: its interval bounds leave the range of float64")
+        self.ranges[position] = found
+
+    def narrow(self, layer: int, neurons: Array, side: str, values: Array) -> None:
+        """Intersect with proved bounds (values bound z_hat above for "upper", -z_hat above for "lower")."""
+        if side == "upper":
+            self.upper[layer][neurons] = np.minimum(self.upper[layer][neurons], values)
+        else:
+            self.lower[layer][neurons] = np.maximum(self.lower[layer][neurons], -values)
+
+    def domain(self, layer: int) -> Region:
+        """The whole domain with the bounds of the layers before ``layer``."""
+        pools = {i: self.ranges[self.network.nodes[i].inputs[0]] for i in self.ranges
+                 if i != INPUT and isinstance(self.layers[i], MaxPool)}
+        known = {k: (self.lower[k][None], self.upper[k][None]) for k in range(layer)}
+        return Region(self.ranges[INPUT], known, pools)
+
+    # -- backward substitution ---------------------------------------------------------------------------------
+
+    def maximise(self, layer: int, neurons: Array, signs: Array, region: Region,
+                 hints: Mapping[int, Multipliers] | None = None, exact: bool = False) -> Array:
+        """Upper bounds of sign * z_hat of neurons of a ReLU layer, one row each.
+
+        Args:
+            layer: number of the ReLU layer.
+            neurons, signs: int64 (rows,).
+            region: for these rows.
+            hints: ReLU layer -> given multipliers (rows, ...).
+            exact: without rounding, in Python integers.
+
+        Returns:
+            float64 (rows,), rounded up.
+        """
+        size = max(1, int(MEMORY / (self.widest * (800 if exact else 120))))
+        parts = [slice(i, i + size) for i in range(0, len(neurons), size)]
+        found = [self._maximise(layer, neurons[p], signs[p], region.rows(p),
+                                {k: h.rows(p) for k, h in (hints or {}).items()}, exact) for p in parts]
+        return np.concatenate(found) if found else np.zeros(0)
+
+    def _maximise(self, layer: int, neurons: Array, signs: Array, region: Region, hints: Mapping[int, Multipliers],
+                  exact: bool) -> Array:
+        start = self.network.nodes[self.network.relus[layer]].inputs[0]
+        pending, total = self._start(start, neurons, signs, exact)
+        for position in range(start, INPUT - 1, -1):
+            v = pending.pop(position, None)
+            if v is None:
+                continue
+            v, cost = self._tidy(v, position, exact)
+            total = dyadic.add(total, cost) if cost else total
+            if position == INPUT:
+                total = dyadic.add(total, support(v, interval(*(b.reshape(len(b), -1) for b in region.box), exact)))
+                break
+            w, constant = self._step(position, v, region, hints, exact)
+            total = dyadic.add(total, constant) if constant else total
+            for source in self.network.nodes[position].inputs:
+                pending[source] = dyadic.add(pending.get(source), w)
+        assert total is not None
+        return dyadic.to_float_up(total)
+
+    def _start(self, node: int, neurons: Array, signs: Array, exact: bool) -> tuple[dict[int, Dyadic], Dyadic | None]:
+        layer = self.layers[node] if node != INPUT else None
+        if isinstance(layer, Linear) and len(set(signs.tolist())) == 1:
+            found = layer.rows(neurons, int(signs[0]), exact)
+            if found is not None:
+                return {self.network.nodes[node].inputs[0]: found[0]}, found[1]
+        shape = self.network.shape_of(node)
+        unit = np.zeros((len(neurons), int(np.prod(shape))), np.int64)
+        unit[np.arange(len(neurons)), neurons] = signs
+        zero = np.zeros(len(neurons), np.int64)
+        return {node: Dyadic(unit.reshape(-1, *shape), zero)}, Dyadic(zero.astype(object), zero)
+
+    def _tidy(self, v: Dyadic, position: int, exact: bool) -> tuple[Dyadic, Dyadic | None]:
+        """Rows rounded up to ``BITS`` bits, and what that costs."""
+        if exact:
+            return replace(v, values=v.values.astype(object)), None
+        rounded, changed = dyadic.round_up(v, BITS)
+        return rounded, rounding_cost(changed, rounded.exponent, self.ranges[position][0]) if changed.any() else None
+
+    def _step(self, position: int, v: Dyadic, region: Region, hints: Mapping[int, Multipliers],
+              exact: bool) -> tuple[Dyadic, Dyadic | None]:
+        layer = self.layers[position]
+        if isinstance(layer, MaxPool):
+            return layer.relax(v, *region.pool[position], exact)
+        if not isinstance(layer, ReLU):
+            return layer.backward(v, exact)
+        k = self.layer_of[position]
+        flat = replace(v, values=v.values.reshape(len(v.values), -1))
+        w, constant = relax(flat, *region.relu[k], hints.get(k), exact)
+        return replace(w, values=w.values.reshape(v.values.shape)), constant
+
+
+def relax(v: Dyadic, lower: Array, upper: Array, hint: Multipliers | None, exact: bool) -> tuple[Dyadic, Dyadic]:
+    """v . relu(z_hat) <= a . z_hat + c for z_hat in [lower, upper], (1 or rows, neurons)."""
+    bounds = interval(lower, upper, exact)
+    if hint is not None:
+        v = _common_grid(v, hint, exact)
+    a = _fixed(v.values, lower, upper, exact)
+    if hint is not None:
+        a = np.where(hint.given, _given(hint, v.exponent, v.divisor, exact), a)
+    low, high = bounds.low, bounds.high
+    at_low = dyadic.multiply(v.values, np.maximum(low, 0)) - dyadic.multiply(a, low)
+    at_high = dyadic.multiply(v.values, np.maximum(high, 0)) - dyadic.multiply(a, high)
+    c = np.maximum(at_low, at_high)
+    c = np.where((low < 0) & (high > 0), np.maximum(c, 0), c)
+    total = constants(c, v.exponent, bounds.exponent)
+    return Dyadic(a, v.exponent, v.divisor), replace(total, divisor=v.divisor)
+
+
+def _fixed(v: Array, lower: Array, upper: Array, exact: bool) -> Array:
+    """The fixed rule: 0 if u <= 0; v if l >= 0; else v u / (u - l) for v >= 0, and for v < 0, v if u > -l else 0."""
+    bits = 2 * SLOPE if exact else SLOPE
+    gap = upper - lower
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        ratio = np.clip(np.nan_to_num(upper / np.where(gap > 0, gap, 1.0), nan=0.5), 0.0, 1.0)
+    chord = np.where(upper <= 0, 0.0, np.where(lower >= 0, 1.0, ratio))
+    above = np.rint(np.ldexp(chord, bits)).astype(np.int64)
+    below = np.where((upper <= 0) | ((lower < 0) & (upper <= -lower)), 0, 1).astype(np.int64)
+    if v.dtype == object:
+        above, below = above.astype(object), below.astype(object)
+    return np.where(v >= 0, (v * above + (1 << (bits - 1))) >> bits, v * below)
+
+
+def _common_grid(v: Dyadic, hint: Multipliers, exact: bool) -> Dyadic:
+    """The rows on a grid that holds the given multipliers too: finer where exact, else coarse enough for ``BITS`` bits."""
+    if exact:
+        exponent = np.minimum(v.exponent, -hint.shift)
+        return Dyadic(dyadic.shift_left(v.values.astype(object), (v.exponent - exponent)[:, None]), exponent, v.divisor)
+    largest = np.abs(np.where(hint.given, hint.values, 0).astype(np.float64)).max(axis=1, initial=0.0)
+    need = np.where(largest > 0, np.frexp(largest)[1] - hint.shift - BITS, v.exponent)
+    excess = np.maximum(need - v.exponent, 0)
+    return Dyadic(dyadic.shift_right_up(v.values, excess[:, None]), v.exponent + excess, v.divisor)
+
+
+def _given(hint: Multipliers, exponent: Array, divisor: int, exact: bool) -> Array:
+    """The given multipliers as integers on the rows' grid (rounded where coarse: any number is a valid multiplier)."""
+    if exact:
+        return dyadic.shift_left(hint.values.astype(object), (-hint.shift - exponent)[:, None]) * divisor
+    scaled = np.ldexp(np.where(hint.given, hint.values, 0).astype(np.float64), (-hint.shift - exponent)[:, None])
+    return np.rint(np.clip(scaled, -(2.0**BITS), 2.0**BITS)).astype(np.int64)
