@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from exactprune.errors import OptionError
 from exactprune.network import Network
 from exactprune.options import VerifyOptions
 
+OUT = (".pt", ".pth", ".onnx", ".pt2", ".npz")
 CHECKPOINT = "checkpoint"
 UNIT_BOX = "no domain given, so the unit box is taken: every input from 0 to 1 (see --domain)"
 
@@ -38,6 +40,7 @@ def run_compress(model: Path, out: Path, change: CompressFlags, flags: DomainFla
     wanted = change.options(options.seed)
     _check_out(out, model)
     network, domain, data, folder = _prepare(model, flags, source, output)
+    _check_writable(network, out)
     result = _verify(network, domain, data, options, folder, output)
     from exactprune.pipeline import compress
 
@@ -88,12 +91,20 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_out(out: Path, model: Path) -> None:
-    if out.suffix not in (".pt", ".onnx"):
-        raise OptionError(f"--out {out}: the ending says the format; use .pt or .onnx")
+    if out.suffix not in OUT:
+        raise OptionError(f"--out {out}: the ending says the format; use .pt or .onnx (or .pt2, .npz)")
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise OptionError(f"--out {out}: cannot be written there; name a file in an existing folder")
     if out.exists() and model.exists() and out.samefile(model):
         raise OptionError(f"--out {out}: is the model itself; name another file")
+
+
+def _check_writable(network: Network, out: Path) -> None:
+    """A format that cannot hold the model (a residual network in a plain .pt) is refused before hours of work."""
+    from exactprune.io import save
+
+    with tempfile.TemporaryDirectory() as scratch:
+        save(network, Path(scratch) / f"trial{out.suffix}")
 
 
 # -- the run -----------------------------------------------------------------------------------------------------

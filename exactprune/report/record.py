@@ -1,8 +1,9 @@
 """The run folder: what a verification leaves behind, and reading it again.
 
-`run.json` (schema ``exactprune-run/1``, docs/run-json.md), `neurons.csv`, `domain.npz`, `certificates.jsonl.gz`, and,
-for sources that the checker has no reader for, `network.npz`. Every file is replaced as a whole, `run.json` last, so a
-folder with a `run.json` is a finished run. Equal runs give equal bytes in all but `run.json`, which also holds times.
+`run.json` (schema ``exactprune-run/1``, docs/run-json.md), `neurons.csv`, `domain.npz`, `certificates.jsonl.gz`,
+`report.md` (the same for people), and, for sources that the checker has no reader for, `network.npz`. Every file is
+replaced as a whole, `run.json` last, so a folder with a `run.json` is a finished run. Equal runs give equal bytes in
+all but `run.json` and `report.md`, which also hold times.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from exactprune.claim import LayerVerdict, Method
 from exactprune.domain import Box
 from exactprune.errors import CertificateError
 from exactprune.io.atomic import write_bytes
+from exactprune.io.npz import save_npz
 from exactprune.network import Network
+from exactprune.report.markdown import run_markdown
 from exactprune.report.neurons import neurons_csv, read_neurons
 from exactprune.report.strict import compact, jsonable, pretty
 
@@ -77,13 +80,13 @@ def write_run(verification: Verification, folder: str | Path, *, model: str | Pa
     summary = summarise(verification, model, len(certificate))
     files = {"neurons.csv": neurons_csv(verification.layers).encode(), "domain.npz": domain_bytes(verification.domain),
              CERTIFICATES: certificate}
-    if keep_network:
-        files["network.npz"] = network_bytes(verification.network)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").unlink(missing_ok=True)
-    if not keep_network:
-        (folder / "network.npz").unlink(missing_ok=True)
-    for name, data in (files | {"run.json": pretty(summary).encode()}).items():
+    for name in ("run.json", "network.npz"):
+        (folder / name).unlink(missing_ok=True)
+    if keep_network:
+        save_npz(verification.network, folder / "network.npz")
+    files |= {"report.md": run_markdown(summary).encode(), "run.json": pretty(summary).encode()}
+    for name, data in files.items():
         write_bytes(folder / name, data)
     return summary
 
@@ -168,26 +171,15 @@ def certificate_bytes(records: Iterable[Mapping[str, Any]]) -> bytes:
 
 def domain_bytes(domain: Box) -> bytes:
     """domain.npz: arrays ``lower`` and ``upper``."""
-    return _npz({"lower": domain.lower, "upper": domain.upper})
-
-
-def network_bytes(network: Network) -> bytes:
-    """network.npz: member ``graph`` (JSON of ``Network.describe``), an array ``node<i>.<field>`` per stored array."""
-    arrays = {f"node{i}.{name}": array for i, node in enumerate(network.nodes) for name, array in node.op.arrays()}
-    graph = json.dumps(network.describe(), sort_keys=True, separators=(",", ":"))
-    return _npz({"graph": np.array(graph), **arrays})
+    buffer = io.BytesIO()
+    np.savez(buffer, lower=domain.lower, upper=domain.upper)
+    return buffer.getvalue()
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
 
 
 def _model(network: Network, path: Path | None) -> dict[str, Any]:

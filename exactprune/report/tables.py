@@ -62,9 +62,9 @@ def stage_table(summary: Mapping[str, Any]) -> Table:
     """One row a stage: seconds, neurons settled, details."""
     table = _table("stage", "seconds", "settled", "detail")
     for stage in summary["stages"]:
-        table.add_row(stage["name"], f"{stage['seconds']:.2f}", _int(stage["settled"]), stage["detail"])
+        table.add_row(stage["name"], _seconds(stage["seconds"]), _int(stage["settled"]), stage["detail"])
     table.add_section()
-    table.add_row("whole run", f"{summary['seconds']:.2f}", "", "")
+    table.add_row("whole run", _seconds(summary["seconds"]), "", "")
     return table
 
 
@@ -137,6 +137,10 @@ def _table(*columns: str) -> Table:
     for name in columns:
         table.add_column(name, justify="left" if name in _LEFT else "right", overflow="fold")
     return table
+
+
+def _seconds(value: float | str) -> str:
+    return f"{float(value):.2f}"
 
 
 def _int(value: int) -> str:
