@@ -33,7 +33,7 @@ DONE, REJECTED, MISUSE, INTERRUPTED, FAULT = 0, 1, 2, 3, 4
 
 app = App(name="exactprune", version=exactprune.__version__, version_flags=["--version"],
           help="Make trained ReLU networks smaller and prove that nothing changed.",
-          help_format="plaintext", result_action="return_value")
+          help_format="plaintext", result_action="return_value", suppress_keyboard_interrupt=False)
 app.config = (partial(apply_config, app),)
 
 
