@@ -73,7 +73,7 @@ def _load_file(path: Path, shape: tuple[int, ...] | None, arch: str | torch.nn.M
     if suffix == ".pt2":
         from exactprune.io.pt2 import load_pt2
 
-        return load_pt2(path)
+        return load_pt2(path, input_shape=shape)
     if suffix == ".npz":
         from exactprune.io.npz import load_npz
 

@@ -18,11 +18,11 @@ import pickletools
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 
@@ -78,7 +78,7 @@ class _Storage:
     dtype: np.dtype
 
 
-def open_zip(path: Path) -> zipfile.ZipFile:
+def open_zip(path: Path | BinaryIO) -> zipfile.ZipFile:
     """An archive whose members are stored (not deflated) and lie inside the file.
 
     Raises:
@@ -87,14 +87,18 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError) as error:
-        raise LoadError(f"{path}: is not a complete torch archive ({error}); download or save it again, with torch >= 1.6") from None
+        raise LoadError(f"is not a complete torch archive ({error}); download or save it again, with torch >= 1.6") from None
     packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED or i.flag_bits & 1]
     total = sum(i.file_size for i in archive.infolist())
-    if packed or total > path.stat().st_size:
+    if packed or total > _size(path):
         archive.close()
-        why = f"member {packed[0]} is compressed" if packed else f"claims {total:,} bytes in a smaller file"
-        raise LoadError(f"{path}: {why}, which torch.save never does (a decompression bomb?); save the model again")
+        why = f"its member {packed[0]} is compressed" if packed else f"claims {total:,} bytes in a smaller file"
+        raise LoadError(f"{why}, which torch.save never does (a decompression bomb?); save the model again")
     return archive
+
+
+def _size(source: Path | BinaryIO) -> int:
+    return source.stat().st_size if isinstance(source, Path) else source.seek(0, io.SEEK_END)
 
 
 def member(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -106,12 +110,12 @@ def member(archive: zipfile.ZipFile, name: str) -> bytes:
     try:
         return archive.read(name)
     except KeyError:
-        raise LoadError(f"{archive.filename}: has no member {name}; save the model again") from None
+        raise LoadError(f"has no member {name}; save the model again") from None
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise LoadError(f"{archive.filename}: member {name} is damaged ({error}); download or save it again") from None
+        raise LoadError(f"its member {name} is damaged ({error}); download or save it again") from None
 
 
-def read(path: Path) -> object:
+def read(path: Path | BinaryIO) -> object:
     """What a ``.pt`` file holds: ``Module`` records, dictionaries, numpy arrays and plain values.
 
     Raises:
@@ -121,31 +125,31 @@ def read(path: Path) -> object:
         names = archive.namelist()
         roots = [n.removesuffix("data.pkl") for n in names if n.count("/") <= 1 and n.endswith("data.pkl")]
         if any(n.endswith("constants.pkl") for n in names):
-            raise LoadError(f"{path}: is a TorchScript archive, which holds code; {REMEDY}")
+            raise LoadError(f"is a TorchScript archive, which holds code; {REMEDY}")
         if len(roots) != 1 or len(set(names)) != len(names):
-            raise LoadError(f"{path}: is not what torch.save writes (no single data.pkl); {REMEDY}")
+            raise LoadError(f"is not what torch.save writes (no single data.pkl); {REMEDY}")
         program = member(archive, roots[0] + "data.pkl")
-        _prescan(path, program)
+        _prescan(program)
         try:
             return _Unpickler(archive, roots[0], program).load()
-        except LoadError as error:
-            raise LoadError(f"{path}: {error}") from None
+        except LoadError:
+            raise
         except Exception as error:
-            raise LoadError(f"{path}: its pickle is damaged ({type(error).__name__}: {error}); save the model again") from None
+            raise LoadError(f"its pickle is damaged ({type(error).__name__}: {error}); save the model again") from None
 
 
-def _prescan(path: Path, program: bytes) -> None:
+def _prescan(program: bytes) -> None:
     """Every opcode is complete, and none asks for more memory than the file has bytes."""
     if len(program) > MAX_PICKLE:
-        raise LoadError(f"{path}: data.pkl has {len(program):,} bytes, too many for a network; {REMEDY}")
+        raise LoadError(f"data.pkl has {len(program):,} bytes, too many for a network; {REMEDY}")
     try:
         for opcode, argument, _ in pickletools.genops(program):
             if "PUT" in opcode.name and isinstance(argument, int) and argument > len(program):
-                raise LoadError(f"{path}: its pickle reserves memory that it cannot need; do not trust this file")
+                raise LoadError(f"its pickle reserves memory that it cannot need; do not trust this file")
     except LoadError:
         raise
     except Exception as error:
-        raise LoadError(f"{path}: its pickle is damaged ({error}); download or save it again") from None
+        raise LoadError(f"its pickle is damaged ({error}); download or save it again") from None
 
 
 class _Unpickler(pickle.Unpickler):
@@ -220,6 +224,18 @@ def _tensor(storage: object, offset: object, size: object, stride: object, *rest
     flat = np.frombuffer(storage.data, storage.dtype)[offset:]
     view = np.lib.stride_tricks.as_strided(flat, shape, [s * storage.dtype.itemsize for s in steps], writeable=False)
     return _plain(np.ascontiguousarray(view).reshape(shape))
+
+
+def as_tensor(data: bytes, dtype: str, offset: int, shape: Sequence[int], strides: Sequence[int]) -> np.ndarray:
+    """A tensor from the raw bytes of its storage, after checking that it lies in it.
+
+    Raises:
+        LoadError: it does not.
+    """
+    kind = _dtype(dtype)
+    if len(data) % kind.itemsize or len(shape) != len(strides):
+        raise LoadError(f"a storage of {len(data)} bytes does not hold values of {dtype}; download or save it again")
+    return _tensor(_Storage(data, kind), offset, list(shape), list(strides))
 
 
 def _plain(array: np.ndarray) -> np.ndarray:

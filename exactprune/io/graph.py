@@ -71,6 +71,8 @@ class Graph:
         self._nodes: list[Node] = []
         self._shapes: list[Shape] = []
         self._open_bias: set[int] = set()
+        if len(self.input.shape) > 1 and self.input.shape[0] != 1:
+            self.note(f"the first axis of the input has {self.input.shape[0]} entries, so it is part of the input, not a batch axis")
         self._dtypes: set[np.dtype] = {np.dtype(np.float64)} if double else set()
 
     # -- numbers -----------------------------------------------------------------------------------------------

@@ -54,9 +54,9 @@ def load_npz(path: Path) -> Network:
     except ExactPruneError:
         raise
     except (KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, OSError, EOFError) as error:
-        raise LoadError(f"{path}: is not a network.npz that exactprune wrote ({error}); write it again") from None
+        raise LoadError(f"is not a network.npz that exactprune wrote ({error}); write it again") from None
     if json.loads(json.dumps(network.describe()["nodes"])) != graph["nodes"]:
-        raise LoadError(f"{path}: an array differs from the hash in its graph; the file is damaged or was changed")
+        raise LoadError(f"an array differs from the hash in its graph; the file is damaged or was changed")
     return network
 
 

@@ -58,7 +58,7 @@ def load_onnx(path: Path, *, input_shape: Shape | None = None) -> Network:
         _read_node(graph, node, index, values, opset)
     result = values.get(output.name)
     if not isinstance(result, Tensor):
-        raise UnsupportedOpError(f"{path}: its output '{output.name}' does not depend on its input")
+        raise UnsupportedOpError(f"its output '{output.name}' does not depend on its input")
     return graph.network(result, _interface(given, output, shape, result.shape))
 
 
@@ -70,11 +70,11 @@ def _read(path: Path) -> ModelProto:
         onnx.checker.check_model(model)
         return _converted(model)
     except onnx.checker.ValidationError as error:
-        raise LoadError(f"{path}: is not a valid ONNX model ({_line(error)}); export it again") from None
+        raise LoadError(f"is not a valid ONNX model ({_line(error)}); export it again") from None
     except ExactPruneError:
         raise
     except Exception as error:
-        raise LoadError(f"{path}: is not a complete ONNX file ({type(error).__name__}: {_line(error)}); download or export it again") from None
+        raise LoadError(f"is not a complete ONNX file ({type(error).__name__}: {_line(error)}); download or export it again") from None
 
 
 def _converted(model: ModelProto) -> ModelProto:
@@ -101,13 +101,13 @@ def _ends(path: Path, model: ModelProto) -> tuple[ValueInfoProto, ValueInfoProto
     inputs = [i for i in model.graph.input if i.name not in weights]
     outputs = list(model.graph.output)
     if model.graph.sparse_initializer:
-        raise UnsupportedOpError(f"{path}: has sparse weights; export it with dense ones")
+        raise UnsupportedOpError(f"has sparse weights; export it with dense ones")
     if len(inputs) != 1 or len(outputs) != 1:
         names = [i.name for i in inputs], [o.name for o in outputs]
-        raise UnsupportedOpError(f"{path}: has inputs {names[0]} and outputs {names[1]}; one of each is supported")
+        raise UnsupportedOpError(f"has inputs {names[0]} and outputs {names[1]}; one of each is supported")
     kind = inputs[0].type.tensor_type.elem_type
     if kind not in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16):
-        raise UnsupportedOpError(f"{path}: its input '{inputs[0].name}' is not a float tensor; only float inputs are supported")
+        raise UnsupportedOpError(f"its input '{inputs[0].name}' is not a float tensor; only float inputs are supported")
     return inputs[0], outputs[0]
 
 
@@ -126,16 +126,16 @@ def _full_shape(path: Path, given: ValueInfoProto, wanted: Shape | None) -> Shap
     axes = _axes(given)
     if not given.type.tensor_type.HasField("shape"):
         if wanted is None:
-            raise ShapeError(f"{path}: does not say the shape of its input; give --input-shape (input_shape= in Python)")
+            raise ShapeError(f"does not say the shape of its input; give --input-shape (input_shape= in Python)")
         return (1, *wanted)
     has_batch = len(axes) > 1 and (isinstance(axes[0], str) or axes[0] == 1)
     inner = axes[1:] if has_batch else axes
     if wanted is not None:
         if len(inner) != len(wanted) or any(isinstance(a, int) and a != w for a, w in zip(inner, wanted, strict=True)):
-            raise ShapeError(f"{path}: its input is {list(axes)}, which does not fit input shape {list(wanted)}")
+            raise ShapeError(f"its input is {list(axes)}, which does not fit input shape {list(wanted)}")
         inner = wanted
     if any(isinstance(a, str) for a in inner):
-        raise ShapeError(f"{path}: its input has the dynamic shape {list(axes)}; give --input-shape (input_shape= in Python)")
+        raise ShapeError(f"its input has the dynamic shape {list(axes)}; give --input-shape (input_shape= in Python)")
     return tuple(int(a) for a in ((1, *inner) if has_batch else inner))
 
 

@@ -43,12 +43,12 @@ def load_pt(path: Path, *, input_shape: Shape | None = None, arch: str | None = 
         state = next((s for key in ("state_dict", "model_state_dict", "model") if (s := tensors(value.get(key)))), None)
     if isinstance(value, Module):
         if arch is not None:
-            raise OptionError(f"{path}: holds a whole model, so an architecture ({arch}) cannot be given as well")
+            raise OptionError(f"holds a whole model, so an architecture ({arch}) cannot be given as well")
         return from_module(value, path.stem, input_shape)
     if state is None:
-        raise LoadError(f"{path}: holds {_words(value)}, not a model; save an nn.Sequential or a state_dict")
+        raise LoadError(f"holds {_words(value)}, not a model; save an nn.Sequential or a state_dict")
     if arch is None:
-        raise LoadError(f"{path}: holds a state_dict, which does not say how its layers are connected; give the architecture "
+        raise LoadError(f"holds a state_dict, which does not say how its layers are connected; give the architecture "
                         "(--arch 784-100-10 for a ReLU network of Linear layers), or save the whole nn.Sequential")
     return from_state_dict(state, arch, path.stem, input_shape)
 
@@ -67,7 +67,7 @@ def from_state_dict(state: Mapping[str, np.ndarray], arch: str, name: str, input
     given = [a.shape for _, a in weights]
     if other or given != wanted:
         what = f"also {other[0]}" if other else f"weights of shapes {given}"
-        raise LoadError(f"{name}: the architecture {arch} needs weights of shapes {wanted}, the state_dict has {what}")
+        raise LoadError(f"the architecture {arch} needs weights of shapes {wanted}, the state_dict has {what}")
     graph = Graph(name, (1, *(input_shape or sizes[:1])))
     x = graph.flatten("flatten", graph.input, 1, -1)
     for i, (key, weight) in enumerate(weights):
@@ -76,7 +76,7 @@ def from_state_dict(state: Mapping[str, np.ndarray], arch: str, name: str, input
         bias = biases.pop(layer, None)
         x = graph.linear(layer, x, graph.numbers(layer, weight), None if bias is None else graph.numbers(layer, bias))
     if biases:
-        raise LoadError(f"{name}: the state_dict has biases without weights: {sorted(biases)}")
+        raise LoadError(f"the state_dict has biases without weights: {sorted(biases)}")
     return graph.network(x)
 
 
