@@ -39,6 +39,10 @@ class Layerwise:
         for earlier in range(layer):
             if earlier not in self.relaxations:
                 self.relaxations[earlier] = relax(self.program, earlier, self.at(earlier), compact=True)
+        return self.propagate(layer)
+
+    def propagate(self, layer: int) -> NodeBounds:
+        """Interval bounds of a layer's pre-activation and of all nodes before it that lack them."""
         propagate(self.program, self.known, self.program.preactivation(layer))
         return self.at(layer)
 

@@ -231,6 +231,12 @@ class WitnessSearch:
         positive, negative = self._ledgers[layer]
         return positive.need.cpu().numpy(), negative.need.cpu().numpy()
 
+    def methods(self, layer: int) -> np.ndarray:
+        """The later of the two methods that found a layer's witnesses, where both signs have one, else 0; int8."""
+        positive, negative = self._ledgers[layer]
+        both = (positive.point >= 0) & (negative.point >= 0)
+        return np.where(both, np.maximum(positive.method, negative.method), 0).astype(np.int8)
+
     def missing(self) -> int:
         """How many witnesses are still lacking in all layers."""
         return sum(int(ledger.need.sum()) for pair in self._ledgers for ledger in pair)

@@ -1,0 +1,413 @@
+"""The cascade: every neuron's status, from the cheapest method that settles it, with the proof of every verdict.
+
+Layer by layer: interval bounds, CROWN for the rows still open, witnesses by gradient ascent, alpha-CROWN for what lacks a
+witness (and for unstable neurons of earlier layers, whose bounds the later layers live on). What is open then goes to the exact
+deciders: input splitting where there are few inputs, branch and bound over phases in rounds of growing effort, so that the
+time goes where verdicts are cheapest, with a MILP as a last resort for witnesses. A verdict is kept only when the independent
+checker accepts its record; otherwise it is ``unknown`` with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import monotonic, perf_counter
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exactprune.bounds.dual import initial_rows, optimise
+from exactprune.bounds.layerwise import Layerwise, first_is_exact, start
+from exactprune.bounds.program import compile_network
+from exactprune.bounds.witness import WitnessSearch
+from exactprune.claim import Method, Status
+from exactprune.deciders.input_split import InputSplit, Question, SplitLimits
+from exactprune.deciders.outcome import LayerSuggestions
+from exactprune.deciders.proofs import Multipliers, Record, Tree, crown_record, linear_record
+from exactprune.deciders.tasks import QUESTIONS_A_TASK, Setting, Task, TaskResult, bounds_before, run_task
+from exactprune.domain import Box
+from exactprune.network import Network
+
+FEW_INPUTS = 8
+NODE_ROUNDS = (64, 1024, 50_000)
+ALPHA_STEPS = 20
+TIGHTEN_FLOPS = 1e12  # for tightening rows that already have witnesses, a layer
+BITS = (16, 24, 40)
+
+RunTasks = Callable[[Setting, Sequence[Task]], Iterable[tuple[int, TaskResult]]]
+Suggest = Callable[[int, np.ndarray, np.ndarray, np.ndarray, float], LayerSuggestions]
+
+
+class Progress(Protocol):
+    """What the cascade tells while it works."""
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        """A stage begins."""
+
+    def advance(self, count: int = 1) -> None:
+        """``count`` more units are done."""
+
+    def note(self, text: str) -> None:
+        """Something worth knowing now."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard to try.
+
+    Attributes:
+        exact: decide what bounds and witnesses leave open.
+        decider: ``auto``, ``branch-and-bound``, ``input-split``, or a solver that only suggests (``milp``, ``scaling-up``, ``leo``).
+        time_limit: seconds for the exact stage.
+        memory: bytes.
+        device: torch device.
+        seed: of every random choice.
+    """
+
+    exact: bool = True
+    decider: str = "auto"
+    time_limit: float = 600.0
+    memory: int = 2 << 30
+    device: str = "cpu"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """One line of the account: seconds spent, neurons settled, in words what happened."""
+
+    name: str
+    seconds: float
+    settled: int
+    detail: str
+
+
+@dataclass(eq=False)
+class _Layer:
+    status: np.ndarray
+    method: np.ndarray
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    def settle(self, neurons: np.ndarray, status: Status, method: Method) -> int:
+        fresh = neurons[self.status[neurons] == Status.UNKNOWN]
+        self.status[fresh], self.method[fresh] = status, method
+        for i in fresh.tolist():
+            self.reasons.pop(i, None)
+        return len(fresh)
+
+
+@dataclass(frozen=True, eq=False)
+class _Linear:
+    """alpha-CROWN rows: one-leaf proofs of one side."""
+
+    layer: int
+    neurons: np.ndarray
+    sign: int
+    multipliers: Multipliers
+    rows: np.ndarray
+
+    def record(self, bits: int) -> Record:
+        return linear_record(self.layer, self.neurons, self.sign, self.multipliers, self.rows, bits)
+
+
+@dataclass(frozen=True, eq=False)
+class _Fixed:
+    """A record that has no multipliers to quantise."""
+
+    content: Record
+
+    def record(self, bits: int) -> Record:
+        return self.content
+
+
+class Cascade:
+    """One run. Use ``run`` once, then read ``layers``, ``state``, ``witnesses`` and ``proofs``.
+
+    Args:
+        network, box: what is verified.
+        effort: how hard to try.
+        progress: told what happens.
+        run_tasks: executes branch-and-bound tasks; in this process by default.
+        suggest: a solver's suggestions for one layer, for the deciders that only suggest.
+        data: witness candidates, (samples, *input_shape).
+    """
+
+    def __init__(self, network: Network, box: Box, effort: Effort, progress: Progress, run_tasks: RunTasks | None = None,
+                 suggest: Suggest | None = None, data: np.ndarray | None = None) -> None:
+        self.network, self.box, self.effort, self.progress = network, box, effort, progress
+        self.run_tasks, self.suggest, self.data = run_tasks or _serial, suggest, data
+        self.program = compile_network(network, effort.device)
+        self.state: Layerwise = start(self.program, *self.program.box(box), effort.memory)
+        self.search = WitnessSearch(network, box, device=effort.device, seed=effort.seed, memory=min(effort.memory, 1 << 29))
+        sizes = [self.program.sizes[i] for i in network.relus]
+        self.layers = [_Layer(np.zeros(n, np.int8), np.zeros(n, np.int8)) for n in sizes]
+        self.proofs: list[_Fixed | _Linear | Tree] = []
+        self.stages: list[StageTime] = []
+
+    # -- the run -------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Everything, in order."""
+        with self._stage("witnesses"):
+            if self.data is not None:
+                self.search.data(self.data)
+            self.search.sample(1024)
+            self.search.corners()
+        for layer in range(self.program.layers):
+            self._bounds(layer)
+        if self.effort.exact:
+            self._exact()
+        self._explain()
+
+    @contextmanager
+    def _stage(self, name: str, detail: str = "") -> Iterator[None]:
+        began, before = perf_counter(), self._open_count()
+        self.progress.stage(name)
+        yield
+        self._note_unstable()
+        self.stages.append(StageTime(name, perf_counter() - began, before - self._open_count(), detail))
+
+    def _open_count(self) -> int:
+        return int(sum((layer.status == Status.UNKNOWN).sum() for layer in self.layers))
+
+    def _note_unstable(self) -> None:
+        for k, layer in enumerate(self.layers):
+            positive, negative = self.search.lacking(k)
+            seen = self.search.methods(k)
+            here = np.flatnonzero(~positive & ~negative & (layer.status == Status.UNKNOWN) & (seen > 0))
+            layer.method[here] = seen[here]
+            layer.status[here] = Status.UNSTABLE
+            for i in here.tolist():
+                layer.reasons.pop(i, None)
+
+    # -- bounds --------------------------------------------------------------------------------------------------------
+
+    def _bounds(self, layer: int) -> None:
+        name = self.network.nodes[self.network.relus[layer]].name
+        with self._stage(f"interval {name}"):
+            self.state.enter(layer)
+            self._settle_by_bounds(layer, Method.INTERVAL)
+        rows = self.state.open_rows(layer)
+        if len(rows) and not first_is_exact(self.program, layer):
+            with self._stage(f"crown {name}", f"{len(rows)} rows"):
+                self.state.crown(layer, rows)
+                proved = self._settle_by_bounds(layer, Method.CROWN)
+                needed = rows.cpu().numpy() if layer + 1 < self.program.layers else proved
+                if len(needed):
+                    self.proofs.append(_Fixed(crown_record(layer, needed)))
+        if any(mask.any() for mask in self.search.lacking(layer)):
+            with self._stage(f"ascent {name}"):
+                self.search.ascent(self._only(layer), time_limit=max(5.0, 0.1 * self.effort.time_limit))
+        if not first_is_exact(self.program, layer):
+            self._alpha(layer, name)
+
+    def _settle_by_bounds(self, layer: int, method: Method) -> np.ndarray:
+        """Note what the bounds fix; returns the neurons newly settled."""
+        bounds = self.state.at(layer)
+        lower, upper = bounds.lower[0].cpu().numpy(), bounds.upper[0].cpu().numpy()
+        here = self.layers[layer]
+        before = here.status.copy()
+        here.settle(np.flatnonzero(upper <= 0), Status.INACTIVE, method)
+        here.settle(np.flatnonzero(lower >= 0), Status.ACTIVE, method)
+        self.search.rule_out(layer, upper <= 0, lower >= 0)
+        return np.flatnonzero(before != here.status)
+
+    def _only(self, layer: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        masks = [self.search.lacking(k) for k in range(self.program.layers)]
+        return [pair if k == layer else (np.zeros_like(pair[0]), np.zeros_like(pair[1])) for k, pair in enumerate(masks)]
+
+    def _questions(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """(neurons, signs) of one layer that are neither proved nor refuted."""
+        positive, negative = self.search.lacking(layer)
+        open_ = self.layers[layer].status == Status.UNKNOWN
+        plus, minus = np.flatnonzero(positive & open_), np.flatnonzero(negative & open_)
+        return np.concatenate([plus, minus]), np.concatenate([np.ones(len(plus), np.int64), -np.ones(len(minus), np.int64)])
+
+    def _alpha(self, layer: int, name: str) -> None:
+        neurons, signs = self._questions(layer)
+        extra = self._tighten(layer, neurons, signs)
+        neurons, signs = np.concatenate([neurons, extra[0]]), np.concatenate([signs, extra[1]])
+        if not len(neurons):
+            return
+        with self._stage(f"alpha-crown {name}", f"{len(neurons)} rows"):
+            step = max(1, int(self.effort.memory // (8 * 30 * max(self.program.sizes) * max(1, layer))))
+            for at in range(0, len(neurons), min(step, 512)):
+                part = slice(at, at + min(step, 512))
+                self._alpha_part(layer, neurons[part], signs[part])
+
+    def _tighten(self, layer: int, neurons: np.ndarray, signs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows worth tightening though they have witnesses: unstable neurons that later layers depend on."""
+        rows = self.state.open_rows(layer).cpu().numpy()
+        all_neurons, all_signs = np.tile(rows, 2), np.repeat([1, -1], len(rows))
+        asked = set(zip(neurons.tolist(), signs.tolist(), strict=True))
+        fresh = np.array([(n, s) not in asked for n, s in zip(all_neurons.tolist(), all_signs.tolist(), strict=True)], bool)
+        cost = 6.0 * ALPHA_STEPS * self.network.macs * len(all_neurons)
+        if layer + 1 >= self.program.layers or cost > TIGHTEN_FLOPS:
+            fresh[:] = False
+        return all_neurons[fresh], all_signs[fresh]
+
+    def _alpha_part(self, layer: int, neurons: np.ndarray, signs: np.ndarray) -> None:
+        device = self.program.device
+        rows = initial_rows(self.program, layer, torch.tensor(neurons, device=device),
+                            torch.tensor(signs, dtype=torch.float64, device=device), self.state.known)
+        solved = optimise(self.program, rows, self.state.known, ALPHA_STEPS)
+        self.search.try_points(solved.solution.corner, Method.ASCENT, layer + 1)
+        self.search.try_points(solved.average, Method.ASCENT, layer + 1)
+        before = self.state.at(layer)
+        bound = solved.bound.cpu().numpy()
+        lower, upper = before.lower[0].cpu().numpy(), before.upper[0].cpu().numpy()
+        old = np.where(signs > 0, upper[neurons], -lower[neurons])
+        later = layer + 1 < self.program.layers
+        useful = (bound <= 0) | (later & (bound < old - 0.005 * (upper - lower)[neurons]))
+        multipliers = self._multipliers(layer, solved.solution.multipliers)
+        for sign in (1, -1):
+            which = np.flatnonzero(useful & (signs == sign))
+            if len(which):
+                self.proofs.append(_Linear(layer, neurons[which], sign, multipliers, which))
+                self._narrow(layer, neurons[which], sign, bound[which])
+        self._settle_by_bounds(layer, Method.ALPHA_CROWN)
+
+    def _multipliers(self, layer: int, values: dict[int, Tensor] | object) -> Multipliers:
+        neurons, kept = {}, {}
+        assert isinstance(values, dict)
+        for k, a in values.items():
+            bounds = self.state.at(k)
+            unstable = torch.nonzero((bounds.lower[0] < 0) & (bounds.upper[0] > 0)).flatten()
+            if len(unstable):
+                neurons[k], kept[k] = unstable.cpu().numpy(), a[:, unstable].cpu().numpy()
+        return Multipliers(neurons, kept)
+
+    def _narrow(self, layer: int, neurons: np.ndarray, sign: int, bound: np.ndarray) -> None:
+        at = torch.tensor(neurons, device=self.program.device)
+        value = torch.tensor(bound, dtype=torch.float64, device=self.program.device)[None]
+        wide = torch.full_like(value, torch.inf)
+        lower, upper = (-wide, value) if sign > 0 else (-value, wide)
+        self.state.narrow(layer, at, lower, upper)
+
+    # -- exact ---------------------------------------------------------------------------------------------------------
+
+    def _exact(self) -> None:
+        deadline = monotonic() + self.effort.time_limit
+        decider = self.effort.decider
+        if self._open_count() and self.suggest is not None:
+            self._suggestions(deadline)
+        few = self.program.size(-1) <= FEW_INPUTS
+        if self._open_count() and (decider == "input-split" or (decider == "auto" and few)):
+            share = 1.0 if decider == "input-split" else 0.6
+            self._input_split(monotonic() + share * self.effort.time_limit)
+        if decider == "input-split":
+            return
+        for nodes in NODE_ROUNDS:
+            self._phase_round(nodes, deadline)
+
+    def _input_split(self, deadline: float) -> None:
+        questions = [Question(k, int(n), int(s)) for k in range(self.program.layers) for n, s in zip(*self._questions(k), strict=True)]
+        if not questions:
+            return
+        layer = np.array([q.layer for q in questions])
+        neuron, sign = np.array([q.neuron for q in questions]), np.array([q.sign for q in questions])
+
+        def refuted(points: Tensor) -> np.ndarray:
+            self.search.try_points(points, Method.INPUT_SPLIT)
+            hit = np.zeros(len(questions), bool)
+            for k in set(layer.tolist()):
+                positive, negative = self.search.lacking(k)
+                here = layer == k
+                hit[here] = np.where(sign[here] > 0, ~positive[neuron[here]], ~negative[neuron[here]])
+            return hit
+
+        with self._stage("input splitting", f"{len(questions)} questions"):
+            self.progress.stage("input splitting", len(questions))
+            done = [0]
+
+            def moved(count: int) -> None:
+                self.progress.advance(max(0, count - done[0]))
+                done[0] = max(done[0], count)
+
+            result = InputSplit(self.program, self.state.known, questions, refuted, SplitLimits(deadline), moved).run()
+            if result.record is not None:
+                self.proofs.append(_Fixed(result.record))
+            for i in np.flatnonzero(result.proved):
+                self._proved(questions[i].layer, questions[i].neuron, questions[i].sign, Method.INPUT_SPLIT)
+            for i, reason in result.reasons.items():
+                self.layers[questions[i].layer].reasons[questions[i].neuron] = reason
+
+    def _proved(self, layer: int, neuron: int, sign: int, method: Method) -> None:
+        self._narrow(layer, np.array([neuron]), sign, np.zeros(1))
+        self._settle_by_bounds(layer, method)
+
+    def _phase_round(self, nodes: int, deadline: float) -> None:
+        for layer in range(self.program.layers):
+            neurons, signs = self._questions(layer)
+            left = deadline - monotonic()
+            if len(neurons) and left > 0:
+                name = self.network.nodes[self.network.relus[layer]].name
+                with self._stage(f"branch and bound {name}", f"{len(neurons)} questions, up to {nodes} nodes each"):
+                    self._phase_layer(layer, neurons, signs, nodes, left)
+            elif len(neurons):
+                self._give_reason(layer, neurons, "time limit before it was tried")
+
+    def _give_reason(self, layer: int, neurons: np.ndarray, reason: str) -> None:
+        for i in neurons.tolist():
+            self.layers[layer].reasons.setdefault(i, reason)
+
+    def _phase_layer(self, layer: int, neurons: np.ndarray, signs: np.ndarray, nodes: int, seconds: float) -> None:
+        lower, upper = bounds_before(self.state, layer)
+        setting = Setting(self.network, self.box, lower, upper, layer, self.effort.device, self.effort.memory)
+        order = np.lexsort((signs, neurons))
+        parts = [order[i : i + QUESTIONS_A_TASK] for i in range(0, len(order), QUESTIONS_A_TASK)]
+        tasks = [Task(neurons[p], signs[p], seconds, nodes) for p in parts]
+        self.progress.stage(f"branch and bound, layer {layer}", len(neurons))
+        results: dict[int, TaskResult] = {}
+        for i, result in self.run_tasks(setting, tasks):
+            results[i] = result
+            self.progress.advance(len(tasks[i].neurons))
+        for i in sorted(results):
+            self._take(layer, results[i])
+
+    def _take(self, layer: int, result: TaskResult) -> None:
+        if len(result.points):
+            self.search.try_points(result.points, Method.BRANCH_AND_BOUND)
+        for decision in result.decisions:
+            if decision.tree is not None:
+                self.proofs.append(decision.tree)
+                self._proved(layer, decision.neuron, decision.sign, Method.BRANCH_AND_BOUND)
+            elif decision.reason:
+                self.layers[layer].reasons[decision.neuron] = f"{decision.reason}; bound {decision.bound:.3g}"
+
+    def _suggestions(self, deadline: float) -> None:
+        """A solver's word on every open neuron: witnesses are confirmed here, stable ones are left to be proved."""
+        assert self.suggest is not None
+        for layer in range(self.program.layers):
+            neurons, _ = self._questions(layer)
+            left = deadline - monotonic()
+            if not len(neurons) or left <= 0:
+                continue
+            with self._stage(f"{self.effort.decider} layer {layer}", f"{len(set(neurons.tolist()))} neurons"):
+                positive, negative = self.search.lacking(layer)
+                asked = np.unique(neurons)
+                found = self.suggest(layer, asked, positive[asked], negative[asked], left)
+                points = [p for s in found for p in (s.positive, s.negative) if p is not None]
+                if points:
+                    self.search.try_points(np.clip(np.array(points), self.box.lower, self.box.upper), Method.MILP)
+                for s in found:
+                    if s.status in (Status.INACTIVE, Status.ACTIVE):
+                        self.layers[layer].reasons[s.neuron] = f"solver claims {s.status.word}"
+                    elif s.reason:
+                        self.layers[layer].reasons[s.neuron] = s.reason
+
+    def _explain(self) -> None:
+        why = "left open by bounds and witnesses" if self.effort.exact else "left open by bounds and witnesses (no exact stage)"
+        for layer in self.layers:
+            for i in np.flatnonzero(layer.status == Status.UNKNOWN).tolist():
+                layer.reasons.setdefault(i, why)
+
+
+def _serial(setting: Setting, tasks: Sequence[Task]) -> Iterator[tuple[int, TaskResult]]:
+    end = monotonic() + max((t.seconds for t in tasks), default=0.0)
+    for i, task in enumerate(tasks):
+        left = max(0.01, end - monotonic())
+        yield i, run_task(setting, Task(task.neurons, task.signs, min(task.seconds, left), task.nodes))
