@@ -20,6 +20,9 @@ from exactprune.checker.layers import gather_constants as constants
 from exactprune.checker.network import INPUT, CheckError, Network
 
 MEMORY = 300e6  # bytes that one batch of rows may take, roughly
+CLOSE = 1e-3  # a bound that misses 0 by less than this part of the neuron's range is computed again exactly,
+ROUGH = 2.0**-14  # or by less than this part of the largest term of its coarse computation,
+EXACT_ROWS = 200  # for at most so many rows of a batch
 SLOPE = 30  # bits of a fixed slope u / (u - l) in coarse arithmetic; twice as many in exact arithmetic
 
 
@@ -37,7 +40,7 @@ class Multipliers:
     shift: Array
     given: Array
 
-    def rows(self, part: slice) -> Multipliers:
+    def rows(self, part: slice | Array) -> Multipliers:
         """Some of the rows."""
         return Multipliers(self.values[part], self.shift[part], self.given[part])
 
@@ -123,6 +126,20 @@ class Bounds:
 
     # -- backward substitution ---------------------------------------------------------------------------------
 
+    def decide(self, layer: int, neurons: Array, signs: Array, region: Region,
+               hints: Mapping[int, Multipliers] | None = None) -> Array:
+        """As ``maximise``, coarse first; the rows that rounding may have kept from 0 again, exactly."""
+        hints = hints or {}
+        values, size = self._maximise_all(layer, neurons, signs, region, hints, False)
+        width = self.upper[layer][neurons] - self.lower[layer][neurons]
+        close = np.flatnonzero((values > 0) & (values <= np.maximum(CLOSE * width, ROUGH * size)))
+        close = close[np.argsort(values[close], kind="stable")][:EXACT_ROWS]
+        if len(close):
+            again = {k: h.rows(close) for k, h in hints.items()}
+            better = self.maximise(layer, neurons[close], signs[close], region.rows(close), again, exact=True)
+            values[close] = np.minimum(values[close], better)
+        return values
+
     def maximise(self, layer: int, neurons: Array, signs: Array, region: Region,
                  hints: Mapping[int, Multipliers] | None = None, exact: bool = False) -> Array:
         """Upper bounds of sign * z_hat of neurons of a ReLU layer, one row each.
@@ -137,21 +154,30 @@ class Bounds:
         Returns:
             float64 (rows,), rounded up.
         """
+        return self._maximise_all(layer, neurons, signs, region, hints or {}, exact)[0]
+
+    def _maximise_all(self, layer: int, neurons: Array, signs: Array, region: Region, hints: Mapping[int, Multipliers],
+                      exact: bool) -> tuple[Array, Array]:
+        """The bounds, and the largest term on the way (roughly: it only tells what is worth a second look)."""
         size = max(1, int(MEMORY / (self.widest * (800 if exact else 120))))
         parts = [slice(i, i + size) for i in range(0, len(neurons), size)]
-        found = [self._maximise(layer, neurons[p], signs[p], region.rows(p),
-                                {k: h.rows(p) for k, h in (hints or {}).items()}, exact) for p in parts]
-        return np.concatenate(found) if found else np.zeros(0)
+        found = [self._maximise(layer, neurons[p], signs[p], region.rows(p), {k: h.rows(p) for k, h in hints.items()}, exact)
+                 for p in parts]
+        if not found:
+            return np.zeros(0), np.zeros(0)
+        return np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found])
 
     def _maximise(self, layer: int, neurons: Array, signs: Array, region: Region, hints: Mapping[int, Multipliers],
-                  exact: bool) -> Array:
+                  exact: bool) -> tuple[Array, Array]:
         start = self.network.nodes[self.network.relus[layer]].inputs[0]
         pending, total = self._start(start, neurons, signs, exact)
+        largest = np.zeros(len(neurons))
         for position in range(start, INPUT - 1, -1):
             v = pending.pop(position, None)
             if v is None:
                 continue
             v, cost = self._tidy(v, position, exact)
+            largest = np.maximum(largest, self._magnitude(v, position))
             total = dyadic.add(total, cost) if cost else total
             if position == INPUT:
                 total = dyadic.add(total, support(v, interval(*(b.reshape(len(b), -1) for b in region.box), exact)))
@@ -161,7 +187,12 @@ class Bounds:
             for source in self.network.nodes[position].inputs:
                 pending[source] = dyadic.add(pending.get(source), w)
         assert total is not None
-        return dyadic.to_float_up(total)
+        return dyadic.to_float_up(total), largest
+
+    def _magnitude(self, v: Dyadic, position: int) -> Array:
+        lower, upper = self.ranges[position]
+        span = max(np.abs(lower).max(initial=0.0), np.abs(upper).max(initial=0.0))
+        return np.ldexp(span, np.minimum(dyadic.row_width(v.values) + v.exponent, 1000))
 
     def _start(self, node: int, neurons: Array, signs: Array, exact: bool) -> tuple[dict[int, Dyadic], Dyadic | None]:
         layer = self.layers[node] if node != INPUT else None

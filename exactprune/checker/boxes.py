@@ -18,8 +18,6 @@ from exactprune.checker.layers import MaxPool, ReLU
 from exactprune.checker.network import INPUT, CheckError
 
 BATCH = 100e6  # bytes of bounds that a batch of sub-boxes may take, roughly
-CLOSE = 1e-3  # a claim missed by less than this part of the neuron's range is tried again exactly
-EXACT_ROWS = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,10 +126,8 @@ def _check_part(bounds: Bounds, tree: Splits, layer: int, nodes: list[int], clai
     neurons = np.concatenate([c.neurons for c in claims])
     signs = np.concatenate([c.signs for c in claims])
     values = np.where(signs > 0, upper[rows, neurons], -lower[rows, neurons])
-    width = bounds.upper[layer][neurons] - bounds.lower[layer][neurons]
-    again = np.flatnonzero((values > 0) & (values <= CLOSE * width))[:EXACT_ROWS]
-    if len(again):
-        values[again] = bounds.maximise(layer, neurons[again], signs[again], region.rows(rows[again]), exact=True)
+    again = np.flatnonzero(values > 0)
+    values[again] = bounds.decide(layer, neurons[again], signs[again], region.rows(rows[again]))
     for row, neuron, sign, value in zip(rows, neurons, signs, values, strict=True):
         key = (layer, int(neuron), int(sign))
         if value <= 0:

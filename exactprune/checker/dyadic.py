@@ -54,7 +54,7 @@ def width(values: Array) -> int:
     return max(int(values.max()).bit_length(), int(values.min()).bit_length())
 
 
-def _row_width(values: Array) -> Array:
+def row_width(values: Array) -> Array:
     """Bits of the largest magnitude in every row, at most one too many; int64 (rows,)."""
     flat = values.reshape(len(values), -1)
     if flat.shape[1] == 0:
@@ -103,7 +103,7 @@ def round_up(number: Dyadic, bits: int) -> tuple[Dyadic, Array]:
     Returns:
         The rounded rows and, for every row, whether it may have changed (by less than one unit of its new grid).
     """
-    excess = np.maximum(_row_width(number.values) - bits, 0)
+    excess = np.maximum(row_width(number.values) - bits, 0)
     values = shift_right_up(number.values, column(excess, number.values))
     return Dyadic(narrow(values), number.exponent + excess, number.divisor), excess > 0
 

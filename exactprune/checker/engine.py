@@ -19,9 +19,6 @@ from exactprune.checker.bounds import Bounds
 from exactprune.checker.dyadic import Array
 from exactprune.checker.network import CheckError, Network
 
-CLOSE = 1e-3  # a one-leaf bound beyond 0 by less than this part of the neuron's range is computed again exactly
-EXACT_ROWS = 200  # at most so many rows of a record
-
 
 @dataclass(eq=False)
 class LayerReport:
@@ -168,17 +165,8 @@ class _Check:
     def _one_leaf(self, layer: int, neurons: Array, side: str, entries: list[Any]) -> None:
         """Narrow one side of some neurons; what ends just beyond 0 is computed again exactly."""
         sign = 1 if side == "upper" else -1
-        signs = np.full(len(neurons), sign, np.int64)
-        region = self.bounds.domain(layer)
         hints = records.dense(entries, self.sizes)
-        values = self.bounds.maximise(layer, neurons, signs, region, hints)
-        width = self.bounds.upper[layer][neurons] - self.bounds.lower[layer][neurons]
-        close = np.flatnonzero((values > 0) & (values <= CLOSE * width))
-        close = close[np.argsort(values[close], kind="stable")][:EXACT_ROWS]
-        if len(close):
-            some = {k: trees.take(h, close) for k, h in hints.items()}
-            better = self.bounds.maximise(layer, neurons[close], signs[close], region, some, exact=True)
-            values[close] = np.minimum(values[close], better)
+        values = self.bounds.decide(layer, neurons, np.full(len(neurons), sign, np.int64), self.bounds.domain(layer), hints)
         self.bounds.narrow(layer, neurons, side, values)
         for neuron, value in zip(neurons[values > 0], values[values > 0], strict=True):
             self.reasons[layer, int(neuron), side] = f"its one-leaf bound misses 0 by {value:.3g}"

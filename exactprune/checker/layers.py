@@ -13,7 +13,7 @@ added to c, so both are sound: rounding a row v up to v' costs (v' - v) . max(-y
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -74,6 +74,14 @@ def rounding_cost(changed: Array, exponent: Array, lower: Array) -> Dyadic:
     return Dyadic(changed.astype(object) * int(value[0]), exponent + base)
 
 
+def _pad(x: Array, pads: Sequence[Sequence[int]], value: float) -> Array:
+    """Constant padding of (rows, *shape); unlike ``np.pad`` it leaves no numpy integers in arrays of Python integers."""
+    shape = (len(x), *(n + before + after for n, (before, after) in zip(x.shape[1:], pads, strict=True)))
+    padded = np.full(shape, value, x.dtype)
+    padded[(slice(None), *(slice(b, b + n) for (b, _), n in zip(pads, x.shape[1:], strict=True)))] = x
+    return padded
+
+
 @dataclass(frozen=True, eq=False)
 class Windows:
     """Sliding windows over (channels, height, width)."""
@@ -93,7 +101,7 @@ class Windows:
     def gather(self, x: Array, fill: float = 0) -> Array:
         """(rows, C, H, W) -> (rows, C, H_out, W_out, places), ``fill`` in the padding."""
         top, left, bottom, right = self.padding
-        padded = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=fill) if any(self.padding) else x
+        padded = _pad(x, ((0, 0), (top, bottom), (left, right)), fill) if any(self.padding) else x
         return np.stack([padded[:, :, r, c] for r, c in self._places()], axis=-1)
 
     def scatter(self, windows: Array) -> Array:
@@ -161,7 +169,7 @@ class Padding(Layer):
     """Constant padding."""
 
     def _forward(self, x: Array, value: float) -> Array:
-        return np.pad(x, ((0, 0), *(tuple(p) for p in self.op.settings["pads"])), constant_values=value)
+        return _pad(x, self.op.settings["pads"], value)
 
     @cached_property
     def _outside(self) -> Array:

@@ -17,8 +17,6 @@ from exactprune.checker.dyadic import Array
 from exactprune.checker.network import CheckError
 
 DEPTH = 10_000  # deeper trees are refused
-CLOSE = 1e-3  # a leaf that fails by less than this part of its neuron's range is tried again exactly
-EXACT_LEAVES = 200  # at most so many leaves of a batch
 
 Path = tuple[tuple[int, int, int], ...]  # (layer, neuron, 0 for z_hat <= 0 or 1 for z_hat >= 0)
 
@@ -146,15 +144,6 @@ def _values(bounds: Bounds, layer: int, neurons: Array, sign: int, region: Regio
     live = np.flatnonzero(~empty)
     if not len(live):
         return values
-    values[live] = bounds.maximise(layer, neurons[live], signs[live], region.rows(live), {k: take(h, live) for k, h in hints.items()})
-    width = bounds.upper[layer][neurons] - bounds.lower[layer][neurons]
-    again = np.flatnonzero((values > 0) & (values <= CLOSE * width))[:EXACT_LEAVES]
-    if len(again):
-        some = {k: take(h, again) for k, h in hints.items()}
-        values[again] = bounds.maximise(layer, neurons[again], signs[again], region.rows(again), some, exact=True)
+    some = {k: h.rows(live) for k, h in hints.items()}
+    values[live] = bounds.decide(layer, neurons[live], signs[live], region.rows(live), some)
     return values
-
-
-def take(hint: Multipliers, rows: Array) -> Multipliers:
-    """Some rows of given multipliers."""
-    return Multipliers(hint.values[rows], hint.shift[rows], hint.given[rows])

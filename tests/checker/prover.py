@@ -9,6 +9,7 @@ import base64
 from fractions import Fraction
 
 import numpy as np
+from scipy.optimize import linprog
 
 from exactprune.checker import trees
 from exactprune.checker.bounds import Bounds
@@ -35,7 +36,7 @@ def crown(layer, neurons, side="both"):
 
 def given(layer, neurons, shift, values):
     return {"layer": layer, "neurons": [int(i) for i in neurons], "shift": [int(s) for s in shift],
-            "values": pack(np.atleast_2d(values), "<i4")}
+            "values": pack(np.atleast_2d(values), "<i8")}
 
 
 def verdicts(layer, size, inactive=(), active=(), unstable=()):
@@ -49,7 +50,7 @@ def fresh_bounds(network, lower, upper):
 
 
 def grow_tree(bounds, layer, neuron, side, limit=64, leaf_hints=None):
-    """A tree record that proves the sign, by splitting unstable neurons of earlier layers in order; None if none is found."""
+    """A tree record that proves the sign by splitting unstable neurons in order, fixed slopes; None if none is found."""
     sign = 1 if side == "upper" else -1
     sizes = [len(b) for b in bounds.lower]
     splits, leaves = [], []
@@ -75,8 +76,49 @@ def grow_tree(bounds, layer, neuron, side, limit=64, leaf_hints=None):
     return {"record": "tree", "layer": layer, "neuron": int(neuron), "side": side, "splits": splits, "leaves": leaves}
 
 
+def optimal_tree(network, bounds, neuron, side, shift=20, penalty=1e3):
+    """A tree record for layer 1 of an affine-relu-affine-relu chain that splits every unstable neuron of layer 0.
+
+    Every leaf carries the duals of its linear program max +-z_hat over the box and the leaf's phases (phases may be violated
+    at a price, so an infeasible leaf has bounded duals too). With all phases fixed such a tree proves every claim with room.
+    """
+    sign = 1.0 if side == "upper" else -1.0
+    first, second = (network.nodes[i].op for i in (0, 2))
+    weight, bias = first.weight.astype(float), first.bias.astype(float)
+    row = sign * second.weight[neuron].astype(float)
+    open_neurons = [c for c in range(len(bias)) if bounds.lower[0][c] < 0 < bounds.upper[0][c]]
+    splits, leaves = [], []
+
+    def leaf(phases):
+        active = bounds.lower[0] >= 0
+        for c, phase in phases.items():
+            active[c] = bool(phase)
+        push = np.where(active[open_neurons], 1.0, -1.0)
+        count = len(open_neurons)
+        cost = np.concatenate([-(row * active) @ weight, np.full(count, penalty)])
+        found = linprog(cost, A_ub=np.hstack([-push[:, None] * weight[open_neurons], -np.eye(count)]),
+                        b_ub=push * bias[open_neurons], method="highs",
+                        bounds=[*zip(*(b.reshape(-1) for b in bounds.box), strict=True), *[(0, None)] * count])
+        multiplier = row * active
+        multiplier[open_neurons] += push * -found.ineqlin.marginals
+        return [given(0, range(len(bias)), [shift], np.rint(multiplier * 2.0**shift).astype(np.int64))]
+
+    def visit(phases):
+        if len(phases) == len(open_neurons):
+            splits.append(None)
+            leaves.append(leaf(phases))
+            return
+        c = open_neurons[len(phases)]
+        splits.append([0, c])
+        visit(phases | {c: 0})
+        visit(phases | {c: 1})
+
+    visit({})
+    return {"record": "tree", "layer": 1, "neuron": int(neuron), "side": side, "splits": splits, "leaves": leaves}
+
+
 def grow_boxes(bounds, layer, claims, depth=6):
-    """A boxes record by midpoint splits that tries to prove (neuron, side) claims of one layer; None where it fails."""
+    """A boxes record by midpoint splits that proves (neuron, side) claims of one layer; None if it does not."""
     lower, upper = (b.reshape(-1) for b in bounds.box)
     dims, at, out = [], [], []
 
@@ -106,7 +148,7 @@ def grow_boxes(bounds, layer, claims, depth=6):
     return {"record": "boxes", "dims": pack(dims, "<i4"), "at": pack(at, "<f8"), "claims": out}
 
 
-# -- exact truth, by Fractions and nothing of the checker's ---------------------------------------------------------------
+# -- exact truth, by Fractions and nothing of the checker's ----------------------------------------------------
 
 
 def exact_nodes(network, point):
@@ -165,7 +207,8 @@ def _exact_pool(op, inputs, shapes, out):
     for c in range(out[0]):
         for i in range(out[1]):
             for j in range(out[2]):
-                places = _window_values(x, shape, op.kernel, op.stride, op.padding, getattr(op, "dilation", (1, 1)), i, j)
+                dilation = getattr(op, "dilation", (1, 1))
+                places = _window_values(x, shape, op.kernel, op.stride, op.padding, dilation, i, j)
                 inside = [x[(c, *p)] for p in places if isinstance(p, tuple)]
                 if op.kind == "MaxPool2d":
                     values.append(max(inside))
@@ -190,5 +233,6 @@ EXACT = {
     "AvgPool2d": _exact_pool,
     "Reshape": lambda op, x, s, o: x[0],
     "Transpose": lambda op, x, s, o: _objects(x[0], s[0]).transpose(op.permutation).reshape(-1).tolist(),
-    "Pad": lambda op, x, s, o: np.pad(_objects(x[0], s[0]), op.pads, constant_values=Fraction(float(op.value))).reshape(-1).tolist(),
+    "Pad": lambda op, x, s, o: np.pad(_objects(x[0], s[0]), op.pads,
+                                      constant_values=Fraction(float(op.value))).reshape(-1).tolist(),
 }
