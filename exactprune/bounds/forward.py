@@ -1,16 +1,16 @@
 """A float64 forward pass with a rigorous error bound, and an exact one for what the bound leaves open.
 
 Let u = 2^-53 and gamma_n = n u / (1 - n u). A sum of n products evaluated in floating point, in any order and with or
-without fused multiply-adds, is off by at most gamma_n times the sum of the magnitudes (Higham, Accuracy and Stability of
-Numerical Algorithms, 2nd ed., section 3.1). So, writing x for the computed and x* for the exact input of ``W x + b``
+without fused multiply-adds, is off by at most gamma_n times the sum of the magnitudes (Higham, Accuracy and Stability
+of Numerical Algorithms, 2nd ed., section 3.1). So, writing x for the computed and x* for the exact input of ``W x + b``
 with n inputs, ``m`` for a bound on |x| and ``e`` for one on |x - x*|,
 
     |computed - exact| <= |W| e + gamma_{n+1} (|W| m + |b|) + (n + 1) tiny,
 
 where ``tiny`` pays for underflow, flushed to zero or not. ReLU and max pooling are 1-Lipschitz and round nothing. The
 right-hand side is itself inflated for its own rounding. With m = the magnitudes of the computed values the bound is
-*pointwise*; with m = magnitudes valid on the whole box it is computed once and then holds for every point of the box, so
-that certain signs cost no more than the plain forward pass. An overflow makes the bound infinite: nothing is certain.
+*pointwise*; with m = magnitudes valid on the whole box it is computed once and then holds for every point of the box,
+so that certain signs cost no more than the plain forward pass. An overflow makes the bound infinite: nothing certain.
 
 No algorithm with another error model is allowed in: convolutions run without cuDNN (no Winograd, no FFT; oneDNN has no
 float64) and everything is float64 (no TF32). The stored weights, float32 or float64, are exact in float64.
@@ -118,7 +118,7 @@ def _arrays(op: Op, shape: tuple[int, ...]) -> tuple[list[np.ndarray], list[np.n
         case AvgPool2d():
             return [op.divisors(shape).astype(np.float64)], []
         case Pad():
-            return [], [np.float64(op.value).reshape(())]
+            return [], [np.array(op.value, dtype=np.float64)]
     return [], []
 
 
@@ -219,7 +219,8 @@ class Forward:
         """
         given = torch.as_tensor(x if isinstance(x, Tensor) else np.array(x))
         if given.ndim == 0 or prod(given.shape[1:]) != self.inputs or given.ndim == 1:
-            raise ShapeError(f"{self.network.name}: takes points of shape (batch, {self.inputs}), was given {tuple(given.shape)}")
+            raise ShapeError(f"{self.network.name}: takes points of shape (batch, {self.inputs}), was given "
+                             f"{tuple(given.shape)}")
         return given.reshape(given.shape[0], -1).to(device=self.device, dtype=torch.float64)
 
     def preactivations(self, x: np.ndarray | Tensor, last: int | None = None, *,
@@ -428,7 +429,8 @@ def _cone(network: Network, position: int, indices: np.ndarray) -> dict[int, np.
     return needed
 
 
-def exact_preactivations(network: Network, x: np.ndarray, layer: int, indices: Sequence[int] | np.ndarray) -> list[Fraction]:
+def exact_preactivations(network: Network, x: np.ndarray, layer: int,
+                         indices: Sequence[int] | np.ndarray) -> list[Fraction]:
     """Pre-activations as rationals, with Python integers on the cone of influence only.
 
     Args:

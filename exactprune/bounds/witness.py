@@ -1,18 +1,19 @@
 """Witnesses of instability: points of the box where a pre-activation is > 0, and where one is < 0.
 
 Points come from data, from random mixtures (uniform points, and corners of every density), from corners in closed form
-where a pre-activation is affine in the input, and from gradient ascent batched over (neuron, sign, restart). Every batch
-that is evaluated is searched for signs of *all* neurons that still lack one.
+where a pre-activation is affine in the input, and from gradient ascent batched over (neuron, sign, restart). Every
+batch that is evaluated is searched for signs of *all* neurons that still lack one.
 
 Ascent replaces the derivative of ReLU by ``sigmoid(z_hat / t)`` in the backward pass only (a surrogate gradient; Neftci
-et al., IEEE Signal Processing Magazine 36, 2019): the true derivative is 0 behind every inactive neuron, so plain projected
-gradient steps die exactly where a neuron still has to be switched on. Steps are signed steps of decreasing length, or
-Frank-Wolfe steps (Frank and Wolfe, 1956), whose first one jumps to the corner that the gradient points to: the maximum of
-a piece where the network is affine is attained at a corner of the box, as far as the piece reaches.
+et al., IEEE Signal Processing Magazine 36, 2019): the true derivative is 0 behind every inactive neuron, so plain
+projected gradient steps die exactly where a neuron still has to be switched on. The temperature t falls from step to
+step, until the slope is nearly the true one. Steps are signed steps with momentum and decreasing length, or Frank-Wolfe
+steps (Frank and Wolfe, 1956) towards the corner of the box that the gradient points to. Temperatures, lengths and
+momentum are drawn afresh for every start.
 
-Why sound: a sign is recorded only when abs(z_hat) in float64 exceeds a bound on its error (``exactprune.bounds.forward``)
-or exact rationals confirm it, and only at a point that lies in the box, compared as float64 without tolerance. How a point
-was found does not matter.
+Why sound: a sign is recorded only when abs(z_hat) in float64 exceeds a bound on its error
+(``exactprune.bounds.forward``) or exact rationals confirm it, and only at a point that lies in the box, compared as
+float64 without tolerance. How a point was found does not matter.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ Masks = tuple[np.ndarray, np.ndarray]
 Progress = Callable[[str, int, int], None]
 
 GRID_BITS = 14
-CHUNK = 1024
+CHUNK = {"cpu": 512, "cuda": 8192}
+POOL = 256
+COVER_LIMIT = 1 << 26
 ALL_CORNERS = 12
 HOT_COLD_LONG_SHORT = ((-3.0, 0.5), (-3.0, 0.0), (-1.0, 0.0), (-3.0, -1.3))
 
@@ -103,7 +106,7 @@ class _Ledger:
         sign: +1 or -1.
         error: bound on the float64 error, valid on the box, of shape (neurons,).
         need: on the device, booleans of shape (neurons,).
-        tried: the largest sign * z_hat that exact arithmetic has been spent on.
+        tried: the largest sign * z_hat that a closer look has been spent on in vain.
         point, method: number of the witness (-1: none) and how it was found.
     """
 
@@ -268,10 +271,10 @@ class WitnessSearch:
         ledgers = [ledger for pair in self._ledgers for ledger in pair]
         owner = np.concatenate([ledger.point for ledger in ledgers]) if ledgers else np.empty(0, np.int64)
         columns = np.flatnonzero(owner >= 0)
-        if len(self._points) * len(columns) > self.memory:
+        if len(self._points) * len(columns) > min(self.memory, COVER_LIMIT):
             return [ledger.point for ledger in ledgers]
         covers = torch.zeros((len(self._points), len(columns)), dtype=torch.bool)
-        rows = max(1, self._rows(None))
+        rows = self._rows(None)
         for start in range(0, len(self._points), rows):
             covers[start:start + rows] = self._certain(np.array(self._points[start:start + rows]))[:, columns]
         covers[owner[columns], torch.arange(len(columns))] = True
@@ -283,10 +286,11 @@ class WitnessSearch:
     @torch.no_grad()
     def _certain(self, x: np.ndarray) -> Tensor:
         """Booleans (batch, neurons of all ledgers): which signs these points witness beyond the box's error bound."""
-        signs = [certain_sign(z, p.error) for z, (p, _) in zip(self.forward.preactivations(x), self._ledgers, strict=True)]
+        values = self.forward.preactivations(x)
+        signs = [certain_sign(z, pair[0].error) for z, pair in zip(values, self._ledgers, strict=True)]
         return torch.cat([s == sign for s in signs for sign in (1, -1)], dim=1).cpu()
 
-    # -- cheap sources of points -----------------------------------------------------------------------------------------
+    # -- cheap sources of points ---------------------------------------------------------------------------------------
 
     def try_points(self, x: np.ndarray | Tensor, method: Method = Method.SAMPLE, layers: int | None = None) -> int:
         """Evaluates points and records the certain signs that were still lacking.
@@ -372,12 +376,12 @@ class WitnessSearch:
 
     # -- ascent --------------------------------------------------------------------------------------------------------
 
-    def ascent(self, open: Sequence[Masks] | None = None, *, steps: int = 20, restarts: int = 4, rounds: int = 4,
+    def ascent(self, open: Sequence[Masks] | None = None, *, steps: int = 20, restarts: int = 4, rounds: int = 5,
                first: int = 0, time_limit: float | None = None, progress: Progress | None = None) -> int:
         """Gradient ascent with a surrogate slope for every neuron and sign that lacks a witness.
 
         Round t makes ``restarts * 2^t`` starts (16 times at most) of ``steps * (1 + t)`` steps (4 times at most) for
-        each, so easy witnesses are cheap and hard ones still found. Two rounds without news end it.
+        each, so easy witnesses are cheap and hard ones still found. A round of full effort without news ends it.
 
         Args:
             open: per ReLU layer (positive, negative) booleans of shape (neurons,): work only on these (all by default).
@@ -392,7 +396,7 @@ class WitnessSearch:
             number of new witnesses.
         """
         end = perf_counter() + (np.inf if time_limit is None else time_limit)
-        found, silent = 0, 0
+        found = 0
         for turn in range(first, first + rounds):
             before = found
             for layer in range(len(self._ledgers)):
@@ -400,8 +404,7 @@ class WitnessSearch:
                                             restarts << min(turn, 4), end)
                 if progress:
                     progress("ascent", layer, found)
-            silent = silent + 1 if found == before else 0
-            if silent == 2 or perf_counter() > end or not self.missing():
+            if (turn >= 4 and found == before) or perf_counter() > end or not self.missing():
                 break
         return found
 
@@ -437,8 +440,8 @@ class WitnessSearch:
 
     def _pool(self) -> Tensor:
         """Points to start from: random ones and those already known to witness something."""
-        known = self._points[-CHUNK // 2:]
-        fresh = self.random_points(min(CHUNK // 4, self._rows(None)))
+        known = self._points[-2 * POOL:]
+        fresh = self.random_points(min(POOL, self._rows(None)))
         return torch.cat([fresh, self.forward.tensor(np.array(known))]) if known else fresh
 
     def _climbers(self, neuron: Tensor, sign: Tensor, scores: Tensor, pool: Tensor, restarts: int) -> _Climbers:
@@ -488,7 +491,7 @@ class WitnessSearch:
         x = self.quantise(self._clip(torch.where(rows.frank_wolfe, jump, walk)))
         return replace(rows, x=x, velocity=velocity)
 
-    # -- points ----------------------------------------------------------------------------------------------------------
+    # -- points --------------------------------------------------------------------------------------------------------
 
     def quantise(self, x: Tensor) -> Tensor:
         """Points of the box on a dyadic grid of about 2^-14 of its width; endpoints stay as they are."""
@@ -505,13 +508,14 @@ class WitnessSearch:
 
     def _all_corners(self) -> Tensor:
         n = self.forward.inputs
-        bits = torch.arange(1 << n, device=self._lower.device)[:, None] >> torch.arange(n, device=self._lower.device) & 1
-        return torch.where(bits == 1, self._upper, self._lower)
+        bits = np.arange(1 << n)[:, None] >> np.arange(n) & 1
+        return torch.where(torch.as_tensor(bits == 1, device=self._lower.device), self._upper, self._lower)
 
     def _rows(self, last: int | None) -> int:
-        return int(max(1, min(CHUNK, self.memory // (32 * self.forward.width(last)))))
+        chunk = CHUNK.get(self._lower.device.type, 512)
+        return int(max(1, min(chunk, self.memory // (32 * self.forward.width(last)))))
 
-    # -- recording -------------------------------------------------------------------------------------------------------
+    # -- recording -----------------------------------------------------------------------------------------------------
 
     def _harvest(self, values: Sequence[Tensor], x: Tensor, method: Method) -> int:
         """Records certain signs of a batch; returns how many are new."""
@@ -557,18 +561,18 @@ class WitnessSearch:
         values, errors = self.forward.with_errors(x[used], ledger.layer)
         signed = values[ledger.layer][place, index] * ledger.sign
         sure = (signed > errors[ledger.layer][place, index]) & signed.isfinite()
+        ledger.tried[index] = torch.maximum(ledger.tried[index], signed.nan_to_num(torch.inf))
         found = 0
         for i in range(index.numel()):
-            if bool(sure[i]) or self._confirmed(ledger, int(index[i]), x[row[i]], float(signed[i])):
+            if bool(sure[i]) or self._confirmed(ledger, int(index[i]), x[row[i]]):
                 ledger.record(index[i:i + 1].cpu().numpy(), self._store(x[row[i]]), method)
                 found += 1
         return found
 
-    def _confirmed(self, ledger: _Ledger, neuron: int, x: Tensor, value: float) -> bool:
+    def _confirmed(self, ledger: _Ledger, neuron: int, x: Tensor) -> bool:
         if self._exact_left <= 0:
             return False
         self._exact_left -= 1
-        ledger.tried[neuron] = value
         return exact_preactivation(self.network, x.cpu().numpy(), ledger.layer, neuron) * ledger.sign > 0
 
 
