@@ -9,7 +9,7 @@ checker accepts its record; otherwise it is ``unknown`` with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic, perf_counter
@@ -38,7 +38,9 @@ TIGHTEN_FLOPS = 1e12  # for tightening rows that already have witnesses, a layer
 BITS = (16, 24, 40)
 
 RunTasks = Callable[[Setting, Sequence[Task]], Iterable[tuple[int, TaskResult]]]
-Suggest = Callable[[int, np.ndarray, np.ndarray, np.ndarray, float], LayerSuggestions]
+Asked = Mapping[int, tuple[np.ndarray, np.ndarray]]  # layer -> neurons that lack a positive, and a negative witness
+Suggest = Callable[[Asked, Sequence[np.ndarray], Sequence[np.ndarray], float], Iterable[LayerSuggestions]]
+_METHOD_OF = {"milp": Method.MILP, "scaling-up": Method.SCALING_UP, "leo": Method.LEO, "lp": Method.LP}
 
 
 class Progress(Protocol):
@@ -133,12 +135,14 @@ class Cascade:
         run_tasks: executes branch-and-bound tasks; in this process by default.
         suggest: a solver's suggestions for one layer, for the deciders that only suggest.
         data: witness candidates, (samples, *input_shape).
+        on_stage: called after every stage, for checkpoints.
     """
 
     def __init__(self, network: Network, box: Box, effort: Effort, progress: Progress, run_tasks: RunTasks | None = None,
-                 suggest: Suggest | None = None, data: np.ndarray | None = None) -> None:
+                 suggest: Suggest | None = None, data: np.ndarray | None = None,
+                 on_stage: Callable[[Cascade], None] | None = None) -> None:
         self.network, self.box, self.effort, self.progress = network, box, effort, progress
-        self.run_tasks, self.suggest, self.data = run_tasks or _serial, suggest, data
+        self.run_tasks, self.suggest, self.data, self.on_stage = run_tasks or _serial, suggest, data, on_stage
         self.program = compile_network(network, effort.device)
         self.state: Layerwise = start(self.program, *self.program.box(box), effort.memory)
         self.search = WitnessSearch(network, box, device=effort.device, seed=effort.seed, memory=min(effort.memory, 1 << 29))
@@ -162,6 +166,21 @@ class Cascade:
             self._exact()
         self._explain()
 
+    def adopt(self, records: Sequence[Record], points: np.ndarray, lower: Sequence[np.ndarray], upper: Sequence[np.ndarray],
+              reasons: Sequence[Mapping[int, str]]) -> None:
+        """Go on from what an interrupted run knew; its proofs are checked at the end like any other."""
+        self.proofs.extend(_Fixed(record) for record in records)
+        self.search.try_points(points, Method.SAMPLE)
+        for layer, (low, up) in enumerate(zip(lower, upper, strict=True)):
+            if len(low):
+                self.state.propagate(layer)
+                neurons = np.arange(len(low))
+                self._narrow(layer, neurons, 1, up)
+                self._narrow(layer, neurons, -1, -low)
+                self._settle_by_bounds(layer, Method.BRANCH_AND_BOUND)
+                self.layers[layer].reasons.update(reasons[layer])
+        self._note_unstable()
+
     @contextmanager
     def _stage(self, name: str, detail: str = "") -> Iterator[None]:
         began, before = perf_counter(), self._open_count()
@@ -169,6 +188,8 @@ class Cascade:
         yield
         self._note_unstable()
         self.stages.append(StageTime(name, perf_counter() - began, before - self._open_count(), detail))
+        if self.on_stage is not None:
+            self.on_stage(self)
 
     def _open_count(self) -> int:
         return int(sum((layer.status == Status.UNKNOWN).sum() for layer in self.layers))
@@ -200,7 +221,7 @@ class Cascade:
                     self.proofs.append(_Fixed(crown_record(layer, needed)))
         if any(mask.any() for mask in self.search.lacking(layer)):
             with self._stage(f"ascent {name}"):
-                self.search.ascent(self._only(layer), time_limit=max(5.0, 0.1 * self.effort.time_limit))
+                self.search.ascent(self._only(layer), rounds=1)
         if not first_is_exact(self.program, layer):
             self._alpha(layer, name)
 
@@ -381,23 +402,26 @@ class Cascade:
     def _suggestions(self, deadline: float) -> None:
         """A solver's word on every open neuron: witnesses are confirmed here, stable ones are left to be proved."""
         assert self.suggest is not None
-        for layer in range(self.program.layers):
-            neurons, _ = self._questions(layer)
-            left = deadline - monotonic()
-            if not len(neurons) or left <= 0:
-                continue
-            with self._stage(f"{self.effort.decider} layer {layer}", f"{len(set(neurons.tolist()))} neurons"):
-                positive, negative = self.search.lacking(layer)
-                asked = np.unique(neurons)
-                found = self.suggest(layer, asked, positive[asked], negative[asked], left)
-                points = [p for s in found for p in (s.positive, s.negative) if p is not None]
-                if points:
-                    self.search.try_points(np.clip(np.array(points), self.box.lower, self.box.upper), Method.MILP)
-                for s in found:
-                    if s.status in (Status.INACTIVE, Status.ACTIVE):
-                        self.layers[layer].reasons[s.neuron] = f"solver claims {s.status.word}"
-                    elif s.reason:
-                        self.layers[layer].reasons[s.neuron] = s.reason
+        asked = {k: self._asked(k) for k in range(self.program.layers) if len(self._questions(k)[0])}
+        lower, upper = bounds_before(self.state, self.program.layers)
+        count = sum(len(positive) + len(negative) for positive, negative in asked.values())
+        with self._stage(self.effort.decider, f"{count} questions to the solver"):
+            for found in self.suggest(asked, lower, upper, deadline - monotonic()):
+                self._take_suggestions(found)
+
+    def _asked(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        neurons, signs = self._questions(layer)
+        return neurons[signs > 0], neurons[signs < 0]
+
+    def _take_suggestions(self, found: LayerSuggestions) -> None:
+        points = [p for s in found for p in (s.positive, s.negative) if p is not None]
+        if points:
+            self.search.try_points(np.clip(np.array(points), self.box.lower, self.box.upper), _METHOD_OF[self.effort.decider])
+        for s in found:
+            if s.status in (Status.INACTIVE, Status.ACTIVE):
+                self.layers[found.layer].reasons[s.neuron] = f"solver claims {s.status.word}"
+            elif s.reason:
+                self.layers[found.layer].reasons[s.neuron] = s.reason
 
     def _explain(self) -> None:
         why = "left open by bounds and witnesses" if self.effort.exact else "left open by bounds and witnesses (no exact stage)"

@@ -32,6 +32,7 @@ from exactprune.formulations.arrays import MilpArrays, power_of_two_below
 
 Sense = Literal["max", "min"]
 Stop = Callable[[float, float], bool]
+HARMLESS = "non-empty integrality"  # an LP is passed with integrality 0 for every column
 SMALLEST, LARGEST, INFINITE = 1e-9, 1e15, 1e20
 
 
@@ -264,7 +265,8 @@ class _Session:
     # -- callbacks ---------------------------------------------------------------------------------------------
 
     def _log(self, event: Any) -> None:
-        if event.data_out.log_type in (highspy.HighsLogType.kWarning, highspy.HighsLogType.kError):
+        serious = event.data_out.log_type in (highspy.HighsLogType.kWarning, highspy.HighsLogType.kError)
+        if serious and HARMLESS not in event.message:
             self.warnings.append(event.message.strip())
 
     def _interrupt(self, event: Any) -> None:

@@ -1,0 +1,357 @@
+"""verify and compress: from a network and a domain to verdicts with certificates, and to a smaller network.
+
+    network = exactprune.load("model.onnx")
+    result = exactprune.verify(network, exactprune.uniform(0, 1, network.input_shape))
+    smaller = exactprune.compress(result)
+    exactprune.save(smaller.network, "small.onnx")
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import monotonic, perf_counter
+from typing import Any
+
+import numpy as np
+
+from exactprune.claim import LayerVerdict
+from exactprune.compress.levels import Level
+from exactprune.compress.measure import Agreement, Latency, compare, latency
+from exactprune.compress.rewrite import Rewrite, compress_network
+from exactprune.deciders.cascade import Asked, Cascade, Effort, Progress, RunTasks, Suggest
+from exactprune.deciders.certify import certify
+from exactprune.deciders.checkpoint import Checkpoint
+from exactprune.deciders.highs import HighsOptions
+from exactprune.deciders.outcome import LayerSuggestions
+from exactprune.deciders.tasks import Setting, Task, TaskResult, run_task
+from exactprune.domain import Box, uniform
+from exactprune.errors import OptionError, ShapeError
+from exactprune.network import Network
+from exactprune.options import CompressOptions, VerifyOptions
+
+_PACKAGES = ("exactprune", "torch", "numpy", "highspy")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One line of the account: a stage's seconds, how many neurons it settled, and what it did."""
+
+    name: str
+    seconds: float
+    settled: int
+    detail: str
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """What is known about every ReLU neuron of a network over a domain.
+
+    Attributes:
+        network, domain, options: what was asked.
+        layers: verdicts, one a ReLU layer in topological order.
+        stages: what the time went into.
+        records: the certificate, JSON-able, header first; ``report.record.write_run`` writes it.
+        seconds: of everything.
+        versions, hardware: for the record.
+        check: what the independent checker said: accepted, rejected, seconds.
+    """
+
+    network: Network
+    domain: Box
+    options: VerifyOptions
+    layers: tuple[LayerVerdict, ...]
+    stages: tuple[Stage, ...]
+    records: tuple[dict[str, object], ...]
+    seconds: float
+    versions: Mapping[str, str]
+    hardware: Mapping[str, str | int]
+    check: Mapping[str, float | int] | None = None
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """``{neurons, inactive, active, unstable, unknown}`` over all layers."""
+        total = dict.fromkeys(("neurons", "inactive", "active", "unstable", "unknown"), 0)
+        for layer in self.layers:
+            for word, count in layer.counts().items():
+                total[word] += count
+        return total
+
+    def __str__(self) -> str:
+        head = f"{'layer':>5}  {'node':<20} {'neurons':>8} {'inactive':>9} {'active':>7} {'unstable':>9} {'unknown':>8}"
+        rows = [(str(v.layer), v.node, v.counts()) for v in self.layers] + [("all", "", self.totals)]
+        lines = [f"{k:>5}  {name:<20.20} {c['neurons']:>8,} {c['inactive']:>9,} {c['active']:>7,} {c['unstable']:>9,} {c['unknown']:>8,}"
+                 for k, name, c in rows]
+        return "\n".join([f"{self.network.name} over {self.domain.source}, {self.seconds:.1f} s", head, *lines])
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True)
+class Size:
+    """Neurons, parameters and multiply-accumulates of a network."""
+
+    neurons: int
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True, eq=False)
+class Compression:
+    """A smaller network and what is claimed about it.
+
+    Attributes:
+        original, network: before and after; the same input and output shapes.
+        domain: where they agree.
+        level: the claim (``exact`` or ``certified(eps)``), with the words that go with it.
+        rewrite: every step, removal and its level.
+        agreement: measured on points; ``latency``: measured.
+        verification: the verdicts it rests on.
+        options: what was asked.
+        seconds: of the rewriting.
+    """
+
+    original: Network
+    network: Network
+    domain: Box
+    level: Level
+    rewrite: Rewrite
+    agreement: Agreement
+    latency: tuple[Latency, ...]
+    verification: Verification
+    options: CompressOptions = field(default_factory=CompressOptions)
+    seconds: float = 0.0
+
+    @property
+    def before(self) -> Size:
+        """Size of the original."""
+        return _size(self.original)
+
+    @property
+    def after(self) -> Size:
+        """Size of the smaller network."""
+        return _size(self.network)
+
+    def __str__(self) -> str:
+        a, b = self.before, self.after
+        return (f"{self.original.name}: {a.neurons:,} -> {b.neurons:,} neurons, {a.parameters:,} -> {b.parameters:,} parameters, "
+                f"{a.macs:,} -> {b.macs:,} MACs; {self.level}")
+
+    __repr__ = __str__
+
+
+def _size(network: Network) -> Size:
+    return Size(network.neurons, network.parameters, network.macs)
+
+
+class _Silent:
+    """No progress."""
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        """Nothing."""
+
+    def advance(self, count: int = 1) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+
+def verify(network: Network, domain: Box | None = None, options: VerifyOptions | None = None, *,
+           data: np.ndarray | None = None, progress: Progress | None = None,
+           checkpoint: str | Path | None = None) -> Verification:
+    """Decide for every ReLU neuron whether it is stably inactive, stably active, unstable, or (honestly) unknown.
+
+    Args:
+        network: from ``exactprune.load``.
+        domain: the box; the unit box [0, 1] by default.
+        options: how to run; none of them changes what a verdict means.
+        data: points to try as witnesses, (samples, *input_shape).
+        progress: told what happens.
+        checkpoint: a file that keeps what is known; if it exists, the run goes on from there.
+
+    Returns:
+        Verdicts, each accepted by the independent checker, with the certificate.
+
+    Raises:
+        DomainError: the box does not fit the input.
+        OptionError: the device is not there, or the checkpoint belongs to another run.
+    """
+    began, options, progress = perf_counter(), options or VerifyOptions(), progress or _Silent()
+    domain = (domain or uniform(0.0, 1.0, network.input_shape)).reshaped(network.input_shape)
+    _check_device(options.device)
+    data = _checked_data(network, data)
+    keeper = None if checkpoint is None else Checkpoint(Path(checkpoint))
+    effort = Effort(options.exact, options.decider, options.time_limit, options.memory, options.device, options.seed)
+    with _runner(options) as run_tasks:
+        cascade = Cascade(network, domain, effort, progress, run_tasks, _suggester(network, domain, options), data,
+                          None if keeper is None else keeper.maybe)
+        if keeper is not None:
+            keeper.read(cascade)
+        cascade.run()
+    progress.stage("certificate")
+    versions = _versions()
+    certified = certify(cascade, versions, options.certificate_cap)
+    stages = [Stage(s.name, s.seconds, s.settled, s.detail) for s in cascade.stages]
+    stages.append(Stage("checker", certified.seconds, 0, f"{certified.accepted} accepted, {certified.rejected} rejected"))
+    check = {"accepted": certified.accepted, "rejected": certified.rejected, "seconds": certified.seconds}
+    return Verification(network, domain, options, certified.layers, tuple(stages), certified.records, perf_counter() - began,
+                        versions, _hardware(options), check)
+
+
+def compress(verification: Verification | Network, domain: Box | None = None, options: CompressOptions | None = None, *,
+             data: np.ndarray | None = None, progress: Progress | None = None) -> Compression:
+    """Make the network smaller by what is proved about it.
+
+    Args:
+        verification: from ``verify``; a network is verified first.
+        domain: only with a network.
+        options: the largest deviation allowed, and how the result is measured.
+        data: inputs on which f and g are compared too, (samples, *input_shape).
+        progress: told what happens.
+
+    Returns:
+        The smaller network with the claim's level; nothing is removed on ``unknown``.
+    """
+    options, progress = options or CompressOptions(), progress or _Silent()
+    if isinstance(verification, Network):
+        verification = verify(verification, domain, data=data, progress=progress)
+    elif domain is not None:
+        raise OptionError("a verification has its domain already; give a network to choose another one")
+    network, domain = verification.network, verification.domain
+    began = perf_counter()
+    progress.stage("compress")
+    rewrite = compress_network(network, domain, verification.layers, **_deviation(options))
+    seconds = perf_counter() - began
+    progress.stage("measure")
+    agreement = compare(network, rewrite.network, domain, data=_checked_data(network, data), points=options.samples,
+                        corners=options.samples, seed=options.seed)
+    return Compression(network, rewrite.network, domain, rewrite.level, rewrite, agreement,
+                       tuple(latency(network, rewrite.network, seed=options.seed)), verification, options, seconds)
+
+
+def _deviation(options: CompressOptions) -> dict[str, Any]:
+    import inspect
+
+    takes = inspect.signature(compress_network).parameters
+    return {"max_deviation": options.max_deviation} if "max_deviation" in takes else {}
+
+
+def _checked_data(network: Network, data: np.ndarray | None) -> np.ndarray | None:
+    if data is None:
+        return None
+    data = np.asarray(data)
+    if data.ndim < 1 or data[0].size != int(np.prod(network.input_shape)):
+        raise ShapeError(f"data has shape {data.shape}; give (samples, {', '.join(map(str, network.input_shape))})")
+    return data.reshape(len(data), *network.input_shape)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device.startswith("cuda"):
+        index = int(device.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
+            raise OptionError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _hardware(options: VerifyOptions) -> dict[str, str | int]:
+    import torch
+
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpu = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else "none used"
+    return {"machine": platform.machine(), "cpus": cpus, "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+# -- executors and solvers -----------------------------------------------------------------------------------------------
+
+
+class _runner:  # noqa: N801 - used as a context manager function
+    """The executor of the options as a ``RunTasks``; None (in this process) for the serial one."""
+
+    def __init__(self, options: VerifyOptions) -> None:
+        self.options, self.executor = options, None
+
+    def __enter__(self) -> RunTasks | None:
+        if self.options.executor == "serial":
+            return None
+        return self._run
+
+    def _run(self, setting: Setting, tasks: Sequence[Task]) -> Iterator[tuple[int, TaskResult]]:
+        from exactprune.executors import get_executor
+
+        if self.executor is None:
+            self.executor = get_executor(self.options.executor, self.options.jobs)
+        end = monotonic() + max((task.seconds for task in tasks), default=0.0)
+        for result in self.executor.run(_task_until, [(end, monotonic(), task) for task in tasks], shared=setting):
+            if result.value is not None:
+                yield result.index, result.value
+            else:
+                yield result.index, failed(tasks[result.index], result.error)
+
+    def __exit__(self, *error: object) -> None:
+        if self.executor is not None:
+            self.executor.close()
+
+
+def _task_until(setting: Setting, item: tuple[float, float, Task]) -> TaskResult:
+    _, _, task = item
+    return run_task(setting, task)
+
+
+def failed(task: Task, error: str) -> TaskResult:
+    """The result of a task that raised or whose worker died: everything open, with the reason."""
+    from exactprune.deciders.branch_and_bound import Decision
+
+    open_ = tuple(Decision(int(n), int(s), None, False, error, float("inf"), 0)
+                  for n, s in zip(task.neurons.tolist(), task.signs.tolist(), strict=True))
+    return TaskResult(open_, np.empty((0, 0)))
+
+
+def _suggester(network: Network, domain: Box, options: VerifyOptions) -> Suggest | None:
+    ways = {"milp": _by_milp, "scaling-up": _by_scaling_up, "leo": _by_leo}
+    way = ways.get(options.decider)
+    return None if way is None else partial(way, network, domain, options)
+
+
+def _by_milp(network: Network, domain: Box, options: VerifyOptions, asked: Asked, lower: Sequence[np.ndarray],
+             upper: Sequence[np.ndarray], seconds: float) -> Iterator[LayerSuggestions]:
+    from exactprune.deciders import milp
+
+    end = monotonic() + 0.7 * seconds
+    for layer, (positive, negative) in asked.items():
+        neurons = np.unique(np.concatenate([positive, negative]))
+        yield milp.decide(network, domain, lower[:layer], upper[:layer], layer, neurons, ask_positive=np.isin(neurons, positive),
+                          ask_negative=np.isin(neurons, negative), time_limit=max(0.0, end - monotonic()))
+
+
+def _by_scaling_up(network: Network, domain: Box, options: VerifyOptions, asked: Asked, lower: Sequence[np.ndarray],
+                   upper: Sequence[np.ndarray], seconds: float) -> Iterable[LayerSuggestions]:
+    from exactprune.deciders import scaling_up
+
+    solver = None if options.solver == "appsi_highs" else options.solver
+    return scaling_up.decide(network, domain, lower, upper, ask_positive={k: p for k, (p, _) in asked.items()},
+                             ask_negative={k: n for k, (_, n) in asked.items()}, time_limit=0.7 * seconds, solver=solver)
+
+
+def _by_leo(network: Network, domain: Box, options: VerifyOptions, asked: Asked, lower: Sequence[np.ndarray],
+            upper: Sequence[np.ndarray], seconds: float) -> Iterable[LayerSuggestions]:
+    from exactprune.deciders import leo
+
+    neurons = {k: np.unique(np.concatenate(pair)) for k, pair in asked.items()}
+    return leo.decide(network, domain, lower, upper, neurons=neurons, options=HighsOptions(), time_limit=0.7 * seconds)
