@@ -145,7 +145,7 @@ def _prescan(program: bytes) -> None:
     try:
         for opcode, argument, _ in pickletools.genops(program):
             if "PUT" in opcode.name and isinstance(argument, int) and argument > len(program):
-                raise LoadError(f"its pickle reserves memory that it cannot need; do not trust this file")
+                raise LoadError("its pickle reserves memory that it cannot need; do not trust this file")
     except LoadError:
         raise
     except Exception as error:

@@ -185,11 +185,11 @@ def _product(graph: Graph, call: Call, left: object, right: object, bias: np.nda
         raise call.refuse(f"a stack of matrices of shape {weight.shape} is not supported")
     if weight.ndim == 1:
         matrix = weight.reshape(1, -1)
-        y = graph.linear(call.name, data, matrix, bias) if data is left else graph.left_product(call.name, matrix, data, bias)
+        y = graph.linear(call.name, data, matrix, bias) if data is left else graph.left_product(call.name, data, matrix, bias)
         return Tensor(y.position, y.shape[:-1] if data is left else (*y.shape[:-2], *y.shape[-1:]))
     if data is left:
         return graph.linear(call.name, data, weight.T, bias)
-    return graph.left_product(call.name, weight, data, bias)
+    return graph.left_product(call.name, data, weight, bias)
 
 
 def _addmm(graph: Graph, call: Call) -> Tensor:
@@ -414,10 +414,9 @@ def _unflatten(graph: Graph, call: Call) -> Tensor:
 
 def _squeeze(graph: Graph, call: Call) -> Tensor:
     x = call.tensor("self")
-    axes = [a for a in call.ints("dim", tuple(range(len(x.shape)))) if x.shape[a] == 1]
     if "dim" not in call.arguments:
-        axes = [a for a in axes if a or x.shape == x.layout]
-    return graph.squeeze(call.name, x, axes)
+        return graph.squeeze(call.name, x, None)
+    return graph.squeeze(call.name, x, [a for a in call.ints("dim") if x.shape[a] == 1])
 
 
 def _unsqueeze(graph: Graph, call: Call) -> Tensor:

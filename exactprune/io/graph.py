@@ -62,10 +62,11 @@ class Graph:
         name: of the model, for people.
         input_shape: full shape of the input.
         double: the input is float64.
+        dynamic: the first axis is a batch axis of any size, so that squeezing all axes keeps it.
     """
 
-    def __init__(self, name: str, input_shape: Sequence[int], double: bool = False) -> None:
-        self.name = name
+    def __init__(self, name: str, input_shape: Sequence[int], double: bool = False, dynamic: bool = False) -> None:
+        self.name, self.dynamic = name, dynamic
         self.input = Tensor(INPUT, tuple(input_shape))
         self.notes: list[str] = []
         self._nodes: list[Node] = []
@@ -195,11 +196,10 @@ class Graph:
         y = self.emit(f"{name}/reshape", Reshape((outputs, rows)), y)
         return Tensor(self.emit(f"{name}/transpose", Transpose((1, 0)), y), (*x.shape[:-1], outputs))
 
-    def left_product(self, name: str, weight: np.ndarray, x: Tensor, bias: np.ndarray | None) -> Tensor:
+    def left_product(self, name: str, x: Tensor, weight: np.ndarray, bias: np.ndarray | None) -> Tensor:
         """weight @ x over the last but one axis of x (``MatMul`` with the constant on the left)."""
         outputs, inputs = weight.shape
-        axis = x.shape[-2] if len(x.shape) > 1 else x.shape[-1]
-        if axis != inputs or prod(x.shape[:-2]) != 1:
+        if inputs not in (x.shape[-2:-1] or x.shape) or prod(x.shape[:-2]) != 1:
             raise ShapeError(f"node '{name}': a {outputs} x {inputs} matrix from the left does not fit shape {x.shape}")
         columns = x.shape[-1] if len(x.shape) > 1 else 1
         shape = (*x.shape[:-2], outputs, columns) if len(x.shape) > 1 else (outputs,)
@@ -338,9 +338,9 @@ class Graph:
         return self.reshape(name, x, (*x.shape[:start], prod(x.shape[start:end + 1]), *x.shape[end + 1:]))
 
     def squeeze(self, name: str, x: Tensor, axes: Sequence[int] | None) -> Tensor:
-        """Drop axes of length one (all of them but a leading batch axis where ``axes`` is None)."""
+        """Drop axes of length one (all of them where ``axes`` is None, but not a dynamic batch axis)."""
         rank = len(x.shape)
-        drop = {i for i in range(1, rank) if x.shape[i] == 1} if axes is None else {a % rank for a in axes}
+        drop = {i for i in range(int(self.dynamic), rank) if x.shape[i] == 1} if axes is None else {a % rank for a in axes}
         if any(x.shape[i] != 1 for i in drop):
             raise ShapeError(f"node '{name}': cannot squeeze axes {sorted(drop)} of {x.shape}")
         return self.reshape(name, x, [n for i, n in enumerate(x.shape) if i not in drop])

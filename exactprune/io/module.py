@@ -82,7 +82,7 @@ def load_into(path: Path, example: object, input_shape: tuple[int, ...] | None =
         raise OptionError(f"arch is a {type(example).__name__}; give '784-100-10' or a torch.nn.Module")
     state = read_safetensors(path) if path.suffix.lower() == ".safetensors" else tensors(read(path))
     if state is None:
-        raise LoadError(f"holds no state_dict; leave arch out for a whole model")
+        raise LoadError("holds no state_dict; leave arch out for a whole model")
     module = copy.deepcopy(example)
     _fill(path, module, state)
     return load_module(module, input_shape=input_shape, name=path.stem)

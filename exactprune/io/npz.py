@@ -56,7 +56,7 @@ def load_npz(path: Path) -> Network:
     except (KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, OSError, EOFError) as error:
         raise LoadError(f"is not a network.npz that exactprune wrote ({error}); write it again") from None
     if json.loads(json.dumps(network.describe()["nodes"])) != graph["nodes"]:
-        raise LoadError(f"an array differs from the hash in its graph; the file is damaged or was changed")
+        raise LoadError("an array differs from the hash in its graph; the file is damaged or was changed")
     return network
 
 

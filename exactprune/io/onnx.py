@@ -48,7 +48,7 @@ def load_onnx(path: Path, *, input_shape: Shape | None = None) -> Network:
     given, output = _ends(path, model)
     shape = _full_shape(path, given, input_shape)
     double = given.type.tensor_type.elem_type == TensorProto.DOUBLE
-    graph = Graph(path.stem, shape, double)
+    graph = Graph(path.stem, shape, double, isinstance((_axes(given) or ("?",))[0], str))
     if given.type.tensor_type.elem_type == TensorProto.FLOAT16:
         graph.note("the model computes in float16; its weights, exact in float32, are what every claim is about")
     values: dict[str, Value] = {"": None, given.name: graph.input}
@@ -101,7 +101,7 @@ def _ends(path: Path, model: ModelProto) -> tuple[ValueInfoProto, ValueInfoProto
     inputs = [i for i in model.graph.input if i.name not in weights]
     outputs = list(model.graph.output)
     if model.graph.sparse_initializer:
-        raise UnsupportedOpError(f"has sparse weights; export it with dense ones")
+        raise UnsupportedOpError("has sparse weights; export it with dense ones")
     if len(inputs) != 1 or len(outputs) != 1:
         names = [i.name for i in inputs], [o.name for o in outputs]
         raise UnsupportedOpError(f"has inputs {names[0]} and outputs {names[1]}; one of each is supported")
@@ -126,7 +126,7 @@ def _full_shape(path: Path, given: ValueInfoProto, wanted: Shape | None) -> Shap
     axes = _axes(given)
     if not given.type.tensor_type.HasField("shape"):
         if wanted is None:
-            raise ShapeError(f"does not say the shape of its input; give --input-shape (input_shape= in Python)")
+            raise ShapeError("does not say the shape of its input; give --input-shape (input_shape= in Python)")
         return (1, *wanted)
     has_batch = len(axes) > 1 and (isinstance(axes[0], str) or axes[0] == 1)
     inner = axes[1:] if has_batch else axes
@@ -176,7 +176,7 @@ def _folded(node: NodeProto, name: str, inputs: Sequence[Value], opset: int) -> 
             raise ShapeError(f"node '{name}' (Range): makes a constant that is too large")
     feeds = {n: v for n, v in zip(node.input, inputs, strict=True) if n}
     try:
-        return np.asarray(ReferenceEvaluator(node, opsets={"": opset}).run(None, feeds)[0])
+        return np.asarray(list(ReferenceEvaluator(node, opsets={"": opset}).run(None, feeds))[0])
     except Exception as error:
         raise LoadError(f"node '{name}' ({node.op_type}): cannot be evaluated ({_line(error)}); export the model again") from None
 
@@ -303,7 +303,7 @@ def _gemm(graph: Graph, view: _View) -> Tensor:
     bias = None if third is None or isinstance(third, Tensor) else _scaled(graph, view.name, graph.numbers(view.name, third), beta)
     y = _product(graph, view, x, weight, data is left, bias)
     if isinstance(third, Tensor):
-        y = graph.add(f"{view.name}/add", y, third if beta == 1 else graph.times(f"{view.name}/beta", third, np.float64(beta)))
+        y = graph.add(f"{view.name}/add", y, third if beta == 1 else graph.times(f"{view.name}/beta", third, np.asarray(beta)))
     return y
 
 
@@ -320,10 +320,8 @@ def _product(graph: Graph, view: _View, x: Tensor, matrix: np.ndarray, data_left
     outputs = matrix.shape[1] if data_left else matrix.shape[0]
     rows = 1 if len(x.shape) < 2 else (prod(x.shape[:-1]) if data_left else x.shape[-1])
     vector = None if bias is None else _bias_vector(bias, outputs, rows, data_left)
-    if data_left:
-        y = graph.linear(view.name, x, matrix.T, vector)
-    else:
-        y = graph.left_product(view.name, matrix, x, vector)
+    product = graph.linear if data_left else graph.left_product
+    y = product(view.name, x, matrix.T if data_left else matrix, vector)
     return y if bias is None or vector is not None else graph.shifted(f"{view.name}/bias", y, bias)
 
 
@@ -366,7 +364,7 @@ def _add(graph: Graph, view: _View) -> Tensor:
 def _sub(graph: Graph, view: _View) -> Tensor:
     x, y = view.inputs
     if isinstance(x, Tensor) and isinstance(y, Tensor):
-        return graph.add(view.name, x, graph.times(f"{view.name}/neg", y, np.float32(-1)))
+        return graph.add(view.name, x, graph.times(f"{view.name}/neg", y, np.asarray(-1.0)))
     if isinstance(x, Tensor):
         return graph.shifted(view.name, x, -graph.numbers(view.name, view.array(1)))
     constant = graph.numbers(view.name, view.array(0))
@@ -386,7 +384,7 @@ def _div(graph: Graph, view: _View) -> Tensor:
 
 
 def _neg(graph: Graph, view: _View) -> Tensor:
-    return graph.times(view.name, view.tensor(0), np.float32(-1))
+    return graph.times(view.name, view.tensor(0), np.asarray(-1.0))
 
 
 def _relu(graph: Graph, view: _View) -> Tensor:
@@ -495,7 +493,7 @@ def _reduce_mean(graph: Graph, view: _View) -> Tensor:
     x, axes = view.tensor(0), view.listed("axes", 1)
     if axes is None and view.get("noop_with_empty_axes", 0):
         return x
-    axes = tuple(range(len(x.shape))) if not axes else axes
+    axes = axes or tuple(range(len(x.shape)))
     _keep_batch(view, x, axes)
     return graph.mean(view.name, x, axes, bool(view.get("keepdims", 1)))
 
@@ -504,11 +502,11 @@ def _reduce_sum(graph: Graph, view: _View) -> Tensor:
     x, axes = view.tensor(0), view.listed("axes", 1)
     if axes is None and view.get("noop_with_empty_axes", 0):
         return x
-    axes = tuple(range(len(x.shape))) if not axes else axes
+    axes = axes or tuple(range(len(x.shape)))
     _keep_batch(view, x, axes)
     count = prod(x.shape[a % len(x.shape)] for a in axes)
     y = graph.mean(f"{view.name}/mean", x, axes, bool(view.get("keepdims", 1)))
-    return graph.times(view.name, y, np.float32(count))
+    return graph.times(view.name, y, np.asarray(float(count)))
 
 
 def _keep_batch(view: _View, x: Tensor, axes: Sequence[int]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 import onnx
@@ -84,7 +85,7 @@ class _Writer:
     def _node(self, node: Node, shape: Shape, output: str | None) -> str:
         """Append the node (a Scale may need two) and give the name of its value."""
         inputs = [self.values[i] for i in node.inputs]
-        steps = list(_steps(node.op, shape))
+        steps = list(_steps(node.op, shape, self.network.dtype))
         for i, (kind, arrays, attributes) in enumerate(steps):
             last = i == len(steps) - 1
             name = node.name if last else f"{node.name}/{kind}"
@@ -92,7 +93,7 @@ class _Writer:
             inputs = [self._add(kind, name, inputs + constants, output if last else None, **attributes)]
         return inputs[0]
 
-    def _add(self, kind: str, name: str, inputs: Sequence[str], output: str | None = None, **attributes: object) -> str:
+    def _add(self, kind: str, name: str, inputs: Sequence[str], output: str | None = None, **attributes: Any) -> str:
         output = output or self._unique(name)
         if "shape" in attributes:
             sizes = np.array(attributes.pop("shape"), np.int64)
@@ -117,7 +118,7 @@ class _Writer:
 Step = tuple[str, list[tuple[str, np.ndarray]], dict[str, object]]
 
 
-def _steps(op: Op, shape: Shape) -> Iterator[Step]:
+def _steps(op: Op, shape: Shape, dtype: np.dtype) -> Iterator[Step]:
     """(ONNX operator, constant inputs, attributes) that compute ``op`` on an input of ``shape``."""
     match op:
         case Affine():
@@ -143,7 +144,7 @@ def _steps(op: Op, shape: Shape) -> Iterator[Step]:
         case Pad():
             ends = [p[0] for p in op.pads], [p[1] for p in op.pads]
             pads = np.array([0, *ends[0], 0, *ends[1]], np.int64)
-            yield "Pad", [("pads", pads), ("value", np.array(op.value, np.float32))], {}
+            yield "Pad", [("pads", pads), ("value", np.array(op.value, dtype))], {}
         case _:
             raise LoadError(f"{op.kind}: has no ONNX form here")
 

@@ -48,7 +48,7 @@ def load_pt(path: Path, *, input_shape: Shape | None = None, arch: str | None = 
     if state is None:
         raise LoadError(f"holds {_words(value)}, not a model; save an nn.Sequential or a state_dict")
     if arch is None:
-        raise LoadError(f"holds a state_dict, which does not say how its layers are connected; give the architecture "
+        raise LoadError("holds a state_dict, which does not say how its layers are connected; give the architecture "
                         "(--arch 784-100-10 for a ReLU network of Linear layers), or save the whole nn.Sequential")
     return from_state_dict(state, arch, path.stem, input_shape)
 

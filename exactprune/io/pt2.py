@@ -117,7 +117,8 @@ class _Program:
         result = self._result()
         source = self._bind()
         meta = self.graph_json["tensor_values"][source]
-        graph = Graph(self.name, self._shape(meta, input_shape), _NAMES.get(meta["dtype"]) == "float64")
+        dynamic = "as_int" not in meta["sizes"][0]
+        graph = Graph(self.name, self._shape(meta, input_shape), _NAMES.get(meta["dtype"]) == "float64", dynamic)
         if meta["dtype"] not in (6, 7, 8, 13):
             raise UnsupportedOpError("its input is not a float tensor; only float inputs are supported")
         self.values[source] = graph.input

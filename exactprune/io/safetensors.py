@@ -31,7 +31,7 @@ def load_safetensors(path: Path, arch: str | None, input_shape: tuple[int, ...] 
     """
     state = read_safetensors(path)
     if arch is None:
-        raise LoadError(f"holds weights only, which does not say how its layers are connected; give the architecture "
+        raise LoadError("holds weights only, which does not say how its layers are connected; give the architecture "
                         "(--arch 784-100-10 for a ReLU network of Linear layers)")
     return from_state_dict(state, arch, path.stem, input_shape)
 
@@ -45,7 +45,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     data = Path(path).read_bytes()
     length = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else MAX_HEADER + 1
     if length > min(MAX_HEADER, len(data) - 8):
-        raise LoadError(f"is not a complete safetensors file; download or save it again")
+        raise LoadError("is not a complete safetensors file; download or save it again")
     try:
         header = json.loads(data[8:8 + length])
         entries = {k: v for k, v in header.items() if k != "__metadata__"}

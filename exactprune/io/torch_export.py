@@ -10,7 +10,6 @@ import io
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from math import prod
 
 import numpy as np
