@@ -171,6 +171,8 @@ def solve(arrays: MilpArrays, sense: Sense, options: HighsOptions | None = None,
     why = refusal(arrays)
     if why is not None:
         return HighsOutcome(SolveStatus.ERROR, f"refused: {why}", sense, dual_bound=_unknown(sense))
+    if not arrays.c.size:
+        return _constant(arrays, sense)
     session = _Session(arrays, sense, options, cancel)
     if session.failed is not None:
         return session.failed
@@ -193,7 +195,8 @@ class WarmLP:
         self._sense: Sense = sense
         self._options = options or HighsOptions()
         self._refused = refusal(self._arrays)
-        self._session = None if self._refused else _Session(self._arrays, sense, self._options, cancel)
+        constant = not self._arrays.c.size
+        self._session = None if self._refused or constant else _Session(self._arrays, sense, self._options, cancel)
         self._last = (self._arrays.c, self._arrays.col_lower, self._arrays.col_upper)
 
     @property
@@ -210,8 +213,10 @@ class WarmLP:
         now = now.with_bounds(base.col_lower if col_lower is None else col_lower,
                               base.col_upper if col_upper is None else col_upper)
         why = self._refused or refusal(now)
-        if why is not None or self._session is None:
+        if why is not None:
             return HighsOutcome(SolveStatus.ERROR, f"refused: {why}", self._sense, dual_bound=_unknown(self._sense))
+        if self._session is None:
+            return _constant(now, self._sense)
         if self._session.failed is not None:
             return self._session.failed
         self._session.change(now, self._options.time_limit if time_limit is None else time_limit)
@@ -219,6 +224,16 @@ class WarmLP:
         if outcome.status is SolveStatus.ERROR:
             self._session.forget()
         return outcome
+
+
+def _constant(arrays: MilpArrays, sense: Sense) -> HighsOutcome:
+    """The outcome of a program without columns, which HiGHS calls empty: its offset, if 0 satisfies every row."""
+    if np.any(arrays.row_lower > 0) or np.any(arrays.row_upper < 0):
+        return HighsOutcome(
+            SolveStatus.INFEASIBLE, "no columns, and a row excludes 0", sense, dual_bound=_unknown(sense)
+        )
+    return HighsOutcome(SolveStatus.OPTIMAL, "", sense, arrays.offset, arrays.offset, np.zeros(0),
+                        np.zeros(arrays.A.shape[0]))
 
 
 def _unknown(sense: Sense) -> float:
@@ -371,8 +386,6 @@ _STATUS = {
 def _read(highs: Any) -> tuple[SolveStatus, str]:
     """Every model status as ours; one that is not listed is an error."""
     status = highs.getModelStatus()
-    if status == highspy.HighsModelStatus.kModelEmpty:
-        return SolveStatus.OPTIMAL, ""
     return _STATUS.get(status.name, (SolveStatus.ERROR, f"HiGHS ended with status {highs.modelStatusToString(status)}"))
 
 

@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 from scipy.optimize import linprog
 
+from exactprune.claim import Status
 from exactprune.domain import Box
 from exactprune.network import Network, Node
 from exactprune.network import build as build_network
@@ -107,3 +108,21 @@ def extremum_by_phases(network: Network, box: Box, layer: int, neuron: int, sign
         if found.status == 0:
             best = max(best, offset - found.fun)
     return best
+
+
+def exact_status(low: Fraction, high: Fraction) -> Status:
+    """Status of a neuron with this exact range."""
+    return Status.INACTIVE if high <= 0 else Status.ACTIVE if low >= 0 else Status.UNSTABLE
+
+
+def random_1d(rng: np.random.Generator) -> tuple[Network, Box]:
+    """A small random network with one input: mild or ill-scaled, sometimes with dead and repeated neurons."""
+    sizes = [1, *rng.integers(2, 5, rng.integers(1, 4)).tolist(), 1]
+    network = random_mlp(rng, sizes, spread=float(rng.choice([0.0, 1.0])), bias=float(rng.choice([0.1, 1.0])))
+    if rng.random() < 0.2:
+        arrays = [(n.op.weight.copy(), n.op.bias.copy()) for n in network.nodes if isinstance(n.op, Affine)]
+        arrays[0][0][0], arrays[0][1][0] = 0.0, rng.choice([0.0, -1.0, 1.0])
+        arrays[-1][0][:, -1] = 0.0
+        network = mlp(arrays)
+    box = Box(np.array([-rng.random()]), np.array([rng.random()]))
+    return network, box

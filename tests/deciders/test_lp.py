@@ -1,0 +1,138 @@
+"""LP bounds and their multipliers: the multipliers alone, put into the certificate's inequality, give the same
+bound."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from exact_truth import exact_ranges_1d, extremum_by_phases, interval_bounds, mlp, random_1d, random_mlp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exactprune.deciders.highs import HighsOptions
+from exactprune.deciders.lp import LayerLP, LayerMultipliers, lp_multipliers
+from exactprune.domain import Box, uniform
+from exactprune.network import Network
+from exactprune.ops import Affine
+
+
+def certificate_bound(
+    network: Network,
+    box: Box,
+    low: list[np.ndarray],
+    high: list[np.ndarray],
+    layer: int,
+    neuron: int,
+    sign: int,
+    multipliers: dict[int, LayerMultipliers],
+) -> float:
+    """Upper bound on sign * z_hat by docs/certificate.md, "The one inequality", in float64 for MLPs."""
+    affine = [n.op for n in network.nodes if isinstance(n.op, Affine)]
+    v, total = sign * affine[layer].weight[neuron], sign * float(affine[layer].bias[neuron])
+    for j in reversed(range(layer)):
+        l, u = low[j], high[j]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            fixed = np.where(v >= 0, v * u / (u - l), np.where(u > -l, v, 0.0))
+        a = np.where(u <= 0, 0.0, np.where(l >= 0, v, fixed))
+        if j in multipliers:
+            dense = multipliers[j].dense(l.size)
+            a = np.where(np.isnan(dense), a, dense)
+
+        def left(t: np.ndarray, v: np.ndarray = v, a: np.ndarray = a) -> np.ndarray:
+            return v * np.maximum(t, 0) - a * t
+
+        c = np.maximum(left(l), left(u))
+        total += np.where((l < 0) & (u > 0), np.maximum(c, 0), c).sum() + a @ affine[j].bias
+        v = a @ affine[j].weight
+    return total + np.maximum(v * box.lower, v * box.upper).sum()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_multipliers_prove_the_lp_bound(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    network = random_mlp(rng, [5, 16, 16, 12, 3], spread=0.5 * (seed % 3))
+    box = uniform(-1, 1, (5,))
+    low, high = interval_bounds(network, box)
+    for layer in (0, 1, 2):
+        for side, sign in (("upper", 1), ("lower", -1)):
+            for found in lp_multipliers(network, box, low, high, layer, [0, 5], side):
+                proved = sign * certificate_bound(
+                    network, box, low, high, layer, found.neuron, sign, dict(found.multipliers)
+                )
+                fixed = sign * certificate_bound(network, box, low, high, layer, found.neuron, sign, {})
+                scale = max(1.0, abs(fixed))
+                assert found.reason == ""
+                assert proved == pytest.approx(found.value, abs=1e-7 * scale)
+                assert sign * found.value <= sign * fixed + 1e-7 * scale, "the LP is at least as tight as CROWN"
+                assert np.all(found.point >= box.lower)
+                assert np.all(found.point <= box.upper)
+
+
+def test_multipliers_of_active_neurons_that_have_columns() -> None:
+    rng = np.random.default_rng(0)
+    network = random_mlp(rng, [300, 6, 120, 4, 1])
+    arrays = [(n.op.weight, n.op.bias) for n in network.nodes if isinstance(n.op, Affine)]
+    network = mlp([(arrays[0][0], arrays[0][1] + 9.0), *arrays[1:]])
+    box = uniform(-0.5, 0.5, (300,))
+    low, high = interval_bounds(network, box)
+    lp = LayerLP(network, box, low, high, 2)
+    found = lp.bound(0, "upper")
+    assert found.multipliers[0].neurons.tolist() == list(range(6))
+    proved = certificate_bound(network, box, low, high, 2, 0, 1, dict(found.multipliers))
+    assert proved == pytest.approx(found.value, abs=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_full_leaf_is_exact(seed: int) -> None:
+    """With every phase fixed the LP bound is the maximum over that activation region; the best leaf is the maximum."""
+    rng = np.random.default_rng(seed)
+    network = random_mlp(rng, [3, 4, 1, 1])
+    box = uniform(-1, 1, (3,))
+    low, high = interval_bounds(network, box)
+    lp = LayerLP(network, box, low, high, 1)
+    split = np.flatnonzero((low[0] < 0) & (high[0] > 0))
+    leaves = [lp.bound(0, "upper", {(0, int(i)): bool(pattern >> b & 1) for b, i in enumerate(split)})
+              for pattern in range(2**split.size)]
+    values = [leaf.value for leaf in leaves if np.isfinite(leaf.value)]
+    assert max(values) == pytest.approx(extremum_by_phases(network, box, 1, 0, 1), abs=1e-6)
+
+
+def test_an_empty_leaf_is_no_proof() -> None:
+    network = mlp(
+        [
+            (np.array([[1.0], [1.0]]), np.array([0.0, -1.0])),
+            (np.ones((1, 2)), np.zeros(1)),
+            (np.eye(1), np.zeros(1)),
+        ]
+    )
+    box = uniform(-2, 2, (1,))
+    low, high = interval_bounds(network, box)
+    found = LayerLP(network, box, low, high, 1).bound(0, "upper", {(0, 0): False, (0, 1): True})
+    assert found.value == np.inf
+    assert "no solution" in found.reason
+
+
+def test_a_time_out_still_gives_a_valid_bound_or_none() -> None:
+    rng = np.random.default_rng(0)
+    network = random_mlp(rng, [20, 60, 60, 1])
+    box = uniform(-1, 1, (20,))
+    low, high = interval_bounds(network, box)
+    lp = LayerLP(network, box, low, high, 1, options=HighsOptions(time_limit=60))
+    exact = lp.bound(0, "upper").value
+    stopped = LayerLP(network, box, low, high, 1).bound(0, "upper", time_limit=0.0)
+    assert stopped.value >= exact - 1e-6
+    assert np.isfinite(stopped.value) or stopped.reason
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_never_tighter_than_the_truth(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    network, box = random_1d(rng)
+    low, high = interval_bounds(network, box)
+    layer = len(network.relus) - 1
+    lp = LayerLP(network, box, low, high, layer)
+    for neuron, (least, most) in enumerate(exact_ranges_1d(network, box)[layer]):
+        scale = 1e-6 * max(1.0, float(most), -float(least))
+        assert lp.bound(neuron, "upper").value >= float(most) - scale
+        assert lp.bound(neuron, "lower").value <= float(least) + scale
