@@ -40,6 +40,7 @@ class Report:
         rejected: (layer, neuron, claim, reason) of every claim that is not accepted.
         counts: accepted claims by kind, rejected ones, neurons, and records by kind.
         seconds: time taken.
+        source: where the network comes from.
     """
 
     error: str = ""
@@ -47,6 +48,7 @@ class Report:
     rejected: list[tuple[int, int, str, str]] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    source: str = "memory"
 
     @property
     def accepted(self) -> bool:
@@ -58,8 +60,8 @@ class Report:
         layers = [{"layer": r.layer, "neurons": r.neurons, "accepted": len(r.accepted), "rejected": len(r.rejected)}
                   for r in self.layers]
         rejected = [{"layer": k, "neuron": i, "claim": c, "reason": r} for k, i, c, r in self.rejected]
-        return {"accepted": self.accepted, "error": self.error, "counts": self.counts, "layers": layers,
-                "rejected": rejected, "seconds": self.seconds}
+        return {"accepted": self.accepted, "error": self.error, "source": self.source, "counts": self.counts,
+                "layers": layers, "rejected": rejected, "seconds": self.seconds}
 
 
 def check(given: Any, lower: Array, upper: Array, lines: Iterable[dict[str, Any]], exact: bool = True) -> Report:

@@ -81,7 +81,7 @@ class Network:
         shapes: list[Shape] = []
         for position, node in enumerate(self.nodes):
             given = [self.input_shape if i == INPUT else shapes[i] for i in node.inputs]
-            shapes.append(_output_shape(f"node {position} ({node.op.kind})", node.op, given))
+            shapes.append(output_shape(f"node {position} ({node.op.kind})", node.op, given))
         return tuple(shapes)
 
     def shape_of(self, position: int) -> Shape:
@@ -116,12 +116,14 @@ def domain_sha256(lower: np.ndarray, upper: np.ndarray) -> str:
     return hashlib.sha256(b"exactprune-box/1" + data).hexdigest()
 
 
-def tidy(nodes: Iterable[Node], input_shape: Sequence[int], dtype: str) -> Network:
+def tidy(nodes: Iterable[Node], output: int, input_shape: Sequence[int], dtype: str) -> Network:
     """The canonical network: arrays in ``dtype``; reshapes that change nothing dropped, a reshape of a reshape merged,
-    nodes that do not reach the last one dropped."""
+    nodes that do not reach ``output`` dropped."""
     given = list(nodes)
-    place, kept, shapes = {INPUT: INPUT}, [], []
-    needed = _reaching(given, len(given) - 1)
+    place: dict[int, int] = {INPUT: INPUT}
+    kept: list[Node] = []
+    shapes: list[Shape] = []
+    needed = reaching(given, output)
     for position, node in enumerate(given):
         if position not in needed:
             continue
@@ -133,19 +135,19 @@ def tidy(nodes: Iterable[Node], input_shape: Sequence[int], dtype: str) -> Netwo
             if source == tuple(node.op.settings["shape"]):
                 place[position] = inputs[0]
                 continue
-        op = replace(node.op, arrays={k: np.ascontiguousarray(a, dtype=dtype) for k, a in node.op.arrays.items()})
+        op = replace(node.op, arrays={k: np.array(a, dtype=dtype, order="C") for k, a in node.op.arrays.items()})
         read = [tuple(input_shape) if i == INPUT else shapes[i] for i in inputs]
-        shapes.append(_output_shape(f"node {position} ({op.kind})", op, read))
+        shapes.append(output_shape(f"node {position} ({op.kind})", op, read))
         place[position] = len(kept)
         kept.append(Node(op, inputs))
-    output = place[len(given) - 1] if given else INPUT
-    used = sorted(_reaching(kept, output))
+    used = sorted(reaching(kept, place[output]))
     place = {INPUT: INPUT} | {old: new for new, old in enumerate(used)}
     final = tuple(Node(kept[i].op, tuple(place[j] for j in kept[i].inputs)) for i in used)
     return Network(final, tuple(int(n) for n in input_shape), dtype)
 
 
-def _reaching(nodes: Sequence[Node], output: int) -> set[int]:
+def reaching(nodes: Sequence[Node], output: int) -> set[int]:
+    """The positions that ``output`` depends on, itself included."""
     found: set[int] = set()
     stack = [output]
     while stack:
@@ -176,7 +178,8 @@ def _check_node(position: int, node: Node, dtype: str) -> None:
             raise CheckError(f"{where}: {name} is not finite {dtype}")
 
 
-def _output_shape(where: str, op: Op, shapes: Sequence[Shape]) -> Shape:
+def output_shape(where: str, op: Op, shapes: Sequence[Shape]) -> Shape:
+    """Shape of the result, or a CheckError that begins with ``where``."""
     try:
         found = _SHAPES[op.kind](op, *shapes)
     except (TypeError, ValueError, IndexError, KeyError) as error:
