@@ -6,6 +6,7 @@ deviation, and the claim about g is the sum (``compress.levels``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -14,7 +15,9 @@ import numpy as np
 
 from exactprune.claim import LayerVerdict, Status
 from exactprune.compress.apply import Origin, State, apply
-from exactprune.compress.levels import EXACT, Level
+from exactprune.compress.budget import budget_of
+from exactprune.compress.levels import EXACT, Level, certified
+from exactprune.compress.linear import Applied, shrink_linear
 from exactprune.compress.plan import Plan, Removal, plan_exact, removals_of
 from exactprune.compress.reads import unread_inputs
 from exactprune.compress.units import units_of
@@ -90,26 +93,68 @@ class Rewrite:
                 f"left; removed units: {found})")
 
 
-def compress_network(network: Network, domain: Box, layers: Sequence[LayerVerdict]) -> Rewrite:
-    """Remove what is proved to change nothing on the domain.
+def compress_network(network: Network, domain: Box, layers: Sequence[LayerVerdict], *,
+                     max_deviation: str | float = "rounding", data: np.ndarray | None = None) -> Rewrite:
+    """Remove what is proved to change nothing on the domain, or at most as much as allowed.
 
     Args:
         network: any network.
         domain: the box the verdicts are about.
         layers: one verdict per ReLU layer, in order.
+        max_deviation: ``exact`` (identities only), ``rounding`` (2^-20 R for float32, 2^-49 R for float64, see
+            ``compress.budget``), or the largest allowed deviation of any output.
+        data: inputs (samples, *input shape) that may serve as witnesses of R.
 
     Returns:
         the smaller network with the level of the claim; the network itself when nothing can go.
 
     Raises:
         DomainError: the box does not have the input's size.
-        OptionError: verdicts do not fit the network's ReLU layers.
+        OptionError: verdicts do not fit the network's ReLU layers, or ``max_deviation`` is none of the above.
     """
     _check(network, domain, layers)
+    budget = budget_of(network, domain, max_deviation, data)
     state, removals, steps = shrink(start(network, layers))
+    if budget.eps > 0:
+        state, more, further = _spend(state, domain, budget.eps)
+        removals, steps = removals + more, steps + further
     level = sum((step.level for step in steps), EXACT)
     return Rewrite(state.network, tuple(removals), tuple(steps), level, state.origin, state.verdicts,
-                   unread_inputs(network))
+                   unread_inputs(network), budget.eps, budget.reach)
+
+
+def _spend(state: State, domain: Box, budget: float) -> tuple[State, list[Removal], list[Step]]:
+    """Certified rewrites, then exact ones, until the network does not get smaller any more."""
+    removals: list[Removal] = []
+    steps: list[Step] = []
+    left = budget
+    while True:
+        after, applied = shrink_linear(state, domain, left)
+        if not applied:
+            return state, removals, steps
+        for found in applied:
+            removals += _merged_removals(state, found)
+            steps.append(_linear_step(state, found))
+            left = math.nextafter(left - steps[-1].level.eps, -math.inf)
+        state, more, further = shrink(after)
+        removals, steps = removals + more, steps + further
+
+
+def _merged_removals(state: State, found: Applied) -> list[Removal]:
+    layer, origin = state.origin[found.candidate.layer]
+    size = prod(state.verdicts[found.candidate.layer].shape[1:])
+    old = origin[found.candidate.channels]
+    return [Removal(layer, int(u), found.candidate.rule, certified(found.eps), size) for u in old if u >= 0]
+
+
+def _linear_step(state: State, found: Applied) -> Step:
+    c, (layer, origin) = found.candidate, state.origin[found.candidate.layer]
+    gone, units = len(c.channels), 0 if c.rule == "fold" else len(c.units.v)
+    text = (f"layer {layer}: all {gone} neurons are stably active; folded into the next affine map" if c.rule == "fold"
+            else f"layer {layer}: {gone} stably active neurons or channels became {units} linear units")
+    data = {"layer": layer, "units": [int(u) for u in origin[c.channels]], "new_units": units,
+            "deviation": [float(d) for d in found.deviation.ravel()]}
+    return Step(c.rule, f"{text}, output deviation at most {found.eps:.3g}", data, certified(found.eps))
 
 
 def start(network: Network, layers: Sequence[LayerVerdict]) -> State:

@@ -18,14 +18,14 @@ from exactprune.ops import Add, Affine, AvgPool2d, Conv2d, MaxPool2d, Pad, ReLU,
 def check(tools, network, box=None, seed=0):
     """Compress with interval verdicts and compare exactly; the rewrite."""
     box = box or uniform(0, 1, network.input_shape)
-    rewrite = compress_network(network, box, tools.verdicts(network, box))
+    rewrite = compress_network(network, box, tools.verdicts(network, box), max_deviation="exact")
     g = rewrite.network
     assert rewrite.level == EXACT and rewrite.eps == 0
     assert g.input_shape == network.input_shape and g.output_shape == network.output_shape and g.dtype == network.dtype
     assert g.parameters <= network.parameters and g.neurons <= network.neurons and g.macs <= network.macs
     assert tools.same(network, g, box, np.random.default_rng(seed))
     assert network.neurons - g.neurons == sum(r.neurons for r in rewrite.removals)
-    again = compress_network(g, box, rewrite.verdicts)
+    again = compress_network(g, box, rewrite.verdicts, max_deviation="exact")
     assert again.removals == () and again.network is g
     return rewrite
 
@@ -81,9 +81,9 @@ def test_bounds_that_meet_make_a_constant_and_unknown_never_does(tools):
     def verdict(status):
         return (LayerVerdict(0, "r", (2,), [status, Status.UNSTABLE], [1, 0], [0.5, -1], [0.5, 1]),)
 
-    rewrite = compress_network(network, box, verdict(Status.ACTIVE))
+    rewrite = compress_network(network, box, verdict(Status.ACTIVE), max_deviation="exact")
     assert units(rewrite, "constant") == {(0, 0)} and tools.same(network, rewrite.network, box, rng)
-    assert compress_network(network, box, verdict(Status.UNKNOWN)).removals == ()
+    assert compress_network(network, box, verdict(Status.UNKNOWN), max_deviation="exact").removals == ()
 
 
 @pytest.mark.parametrize("status", [Status.UNKNOWN, Status.ACTIVE, Status.UNSTABLE])
@@ -92,7 +92,7 @@ def test_only_inactive_goes(tools, status):
     network = tools.chain((3,), Affine(np.ones((4, 3), np.float32), np.ones(4, np.float32)), ReLU(),
                           Affine(np.ones((2, 4), np.float32), np.zeros(2, np.float32)))
     layer = LayerVerdict(0, "r", (4,), [status] * 4, [0] * 4, [-1.0] * 4, [-0.5] * 4, {0: "timed out"})
-    assert compress_network(network, uniform(0, 1, (3,)), (layer,)).network is network
+    assert compress_network(network, uniform(0, 1, (3,)), (layer,), max_deviation="exact").network is network
     assert tools.same(network, network, uniform(0, 1, (3,)), rng)
 
 
@@ -147,7 +147,8 @@ def test_conv_channel_inactive_at_some_positions_stays(tools):
     status = np.full(first.status.shape, int(Status.UNSTABLE))
     status[:35] = Status.INACTIVE                         # all of channel 0 but one position
     layers[0] = LayerVerdict(0, first.node, first.shape, status, first.method, first.lower, first.upper)
-    assert not {r for r in compress_network(network, box, layers).removals if (r.layer, r.index) == (0, 0)}
+    rewrite = compress_network(network, box, layers, max_deviation="exact")
+    assert (0, 0) not in units(rewrite)
 
 
 @pytest.mark.parametrize(("padding", "value", "goes"), [(1, 0.5, False), (0, 0.5, True), (1, -0.5, True)])
@@ -272,7 +273,7 @@ def test_padded_shortcut_grows_channels(tools):
 # -- random ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["dense", "conv", "residual"]))
 def test_random_networks(tools, seed, kind):
     rng = np.random.default_rng(seed)

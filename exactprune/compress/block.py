@@ -1,0 +1,190 @@
+"""Blocks: k neurons that are linear on the domain, between what they read and what reads them.
+
+For stably active neurons, x -> W_out (W_in x + b_in) + b_out is what the layer after sees of them. A replacement by r
+units is x -> U (V x + c) + d with arrays of the network's dtype. Its error is linear in x:
+
+    E x + e_0,   E = W_out W_in - U V,   e_0 = W_out b_in + b_out - U c - d,
+
+so over an enclosure mid +- rad of x it is at most abs(E mid + e_0) + abs(E) rad. With d chosen as the rounded
+constant, what remains is abs(E) rad and half a unit in the last place of d.
+
+A convolution is a block as well: x is a window, one channel a neuron, and each tap of a reading convolution (or each
+position of a flattened channel) is one row of W_out that sees its own x; the errors of the rows that belong to one
+output add up. A channel that carries a constant must not be read through zero padding.
+
+*Sound in floating point*: the stored arrays are exact in the working type (float64 for float32 networks, the long
+double where it is longer for float64 ones); each product of matrices with n terms is off by at most gamma_n times the
+product of the absolute values (Higham 2002, section 3.1), which is added to the bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from exactprune.compress.deviation import gamma, inflated
+
+_SMALL = 200_000  # products that are worth an exact comparison
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """k linear neurons in their place; arrays are exact copies of stored numbers.
+
+    Attributes:
+        w_in: (k, n); b_in: (k,).
+        w_out: (q, k): one row per output and tap.
+        owner: (q,), the output that each row belongs to, below m.
+        b_out: (m,).
+        lower, upper: (n,), sound bounds on x.
+        gain: (m,), how much a unit of error there weighs at the network's output (a heuristic).
+        dtype: of the network.
+        linear: no ReLU stays between: new units may be negative.
+    """
+
+    w_in: np.ndarray
+    b_in: np.ndarray
+    w_out: np.ndarray
+    owner: np.ndarray
+    b_out: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    gain: np.ndarray
+    dtype: np.dtype
+    linear: bool
+
+    @property
+    def work(self) -> type:
+        """Working float type: wider than the stored numbers."""
+        return np.float64 if self.dtype == np.float32 else np.longdouble
+
+    @property
+    def unit(self) -> float:
+        """Unit roundoff of the working type."""
+        return float(np.finfo(self.work).eps) / 2
+
+    @property
+    def mid(self) -> np.ndarray:
+        """Centre of x; any centre is sound with ``rad``."""
+        return ((self.lower.astype(self.work) + self.upper) / 2).astype(self.work)
+
+    @property
+    def rad(self) -> np.ndarray:
+        """Upper bound on the distance of x from ``mid``."""
+        return np.nextafter(np.maximum(self.upper - self.mid, self.mid - self.lower), self.work(np.inf))
+
+    def summed(self, rows: np.ndarray) -> np.ndarray:
+        """Sum of the rows of each output: (q,) -> (m,)."""
+        total = np.zeros(self.b_out.shape, rows.dtype)
+        np.add.at(total, self.owner, rows)
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """What takes the block's place, in the network's dtype: u = V x + c, then U u + d.
+
+    Attributes:
+        v: (r, n); c: (r,); u: (q, r); d: (m,).
+        upper: (r,), sound upper bound on V x + c (float64); the lower one is 0 by construction where ReLU stays.
+        lower: (r,).
+    """
+
+    v: np.ndarray
+    c: np.ndarray
+    u: np.ndarray
+    d: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+
+
+def placed(block: Block, v: np.ndarray, u: np.ndarray) -> Units:
+    """Choose the biases for given (stored) V and U: c so that V x + c >= 0 on the enclosure, d to centre the error."""
+    low, high = ranges(block, v)
+    c = np.zeros(len(v), block.dtype) if block.linear else _at_least(-low, block.dtype)
+    zero = np.zeros(block.b_out.shape, block.dtype)
+    with np.errstate(over="ignore"):
+        d = _constant(block, Units(v, c, u, zero, low, high))[0].astype(block.dtype)
+    shift = c.astype(np.float64)
+    return Units(v, c, u, d, np.maximum(np.nextafter(low + shift, -np.inf), -np.inf if block.linear else 0.0),
+                 np.nextafter(high + shift, np.inf))
+
+
+def ranges(block: Block, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sound bounds of V x over the enclosure, float64."""
+    wide = v.astype(block.work)
+    size = np.abs(wide)
+    centre, spread = wide @ block.mid, size @ block.rad
+    slack = gamma(2 * wide.shape[1] + 8, block.unit) * (size @ np.abs(block.mid) + spread)
+    low, high = centre - spread - 2 * slack, centre + spread + 2 * slack
+    return _down(low), -_down(-high)
+
+
+def _down(values: np.ndarray) -> np.ndarray:
+    return np.nextafter(values.astype(np.float64), -np.inf)
+
+
+def _at_least(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The next number of ``dtype`` at or above each value."""
+    rounded = values.astype(dtype)
+    return np.where(rounded < values, np.nextafter(rounded, dtype.type(np.inf)), rounded).astype(dtype)
+
+
+def _products(block: Block, new: Units) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """E as computed, and |W_out||W_in| h + |U||V| h for h = |mid| and h = rad, what its errors scale with."""
+    w_out, w_in, u, v = (a.astype(block.work) for a in (block.w_out, block.w_in, new.u, new.v))
+    error = w_out @ w_in - u @ v
+    ends = np.stack([np.abs(block.mid), block.rad], axis=1)
+    size = np.abs(w_out) @ (np.abs(w_in) @ ends) + np.abs(u) @ (np.abs(v) @ ends)
+    return error, size[:, 0], size[:, 1]
+
+
+def _constant(block: Block, new: Units) -> tuple[np.ndarray, np.ndarray]:
+    """E mid + e_0 without d, per output, and the size that its rounding error multiplies."""
+    error, size, _ = _products(block, new)
+    w_out, u = block.w_out.astype(block.work), new.u.astype(block.work)
+    b_in, c = block.b_in.astype(block.work), new.c.astype(block.work)
+    rows = error @ block.mid + w_out @ b_in - u @ c
+    sizes = size + np.abs(error) @ np.abs(block.mid) + np.abs(w_out) @ np.abs(b_in) + np.abs(u) @ np.abs(c)
+    return block.summed(rows) + block.b_out, block.summed(sizes) + np.abs(block.b_out).astype(block.work)
+
+
+def _rational(array: np.ndarray) -> np.ndarray:
+    exact = np.empty(array.shape, object)
+    exact.ravel()[:] = [Fraction(float(value)) for value in array.ravel()]
+    return exact
+
+
+def identical(block: Block, new: Units) -> bool:
+    """Whether E = 0 and e_0 = 0 exactly; tried where float arithmetic shows no difference and the block is small."""
+    if len(block.w_out) * block.w_in.size > _SMALL or _products(block, new)[0].any():
+        return False
+    if (_constant(block, new)[0] != new.d).any():
+        return False
+    w_out, w_in, b_in, b_out = (_rational(a) for a in (block.w_out, block.w_in, block.b_in, block.b_out))
+    u, v, c, d = (_rational(a) for a in (new.u, new.v, new.c, new.d))
+    rest = b_out - d
+    for owner, row in zip(block.owner, w_out.dot(b_in) - u.dot(c), strict=True):
+        rest[owner] += row
+    return not (w_out.dot(w_in) - u.dot(v)).any() and not rest.any()
+
+
+def deviation(block: Block, new: Units) -> np.ndarray:
+    """Sound bound, per output and over the enclosure, on the change that replacing the block makes; float64 (m,).
+
+    Infinite where a stored number overflowed; 0 where small blocks are found to be identical in rationals.
+    """
+    arrays = (new.v, new.c, new.u, new.d)
+    if not all(np.isfinite(a).all() for a in arrays):
+        return np.full(block.b_out.shape, np.inf)
+    if identical(block, new):
+        return np.zeros(block.b_out.shape)
+    n = block.w_in.shape[0] + new.v.shape[0] + 3 * block.w_in.shape[1] + len(block.owner) + 16
+    error, _, size = _products(block, new)
+    centre, centre_size = _constant(block, new)
+    rows = np.abs(error) @ block.rad + gamma(n, block.unit) * size
+    total = np.abs(centre - new.d) + gamma(n, block.unit) * (centre_size + np.abs(new.d)) + block.summed(rows)
+    total = total * (1 + 2 * gamma(n, block.unit))
+    return inflated(np.nextafter(total.astype(np.float64), np.inf), 4)

@@ -1,0 +1,296 @@
+"""Shrinking the linear part of a network under a budget: candidates for every layer, the best choice, the true
+deviation.
+
+Each layer with stably active neurons offers candidates: r units (``rules.merge``), or the fold of the whole layer
+(``rules.fold``), each with the parameters it leaves and a certified deviation of the output. A choice of one candidate
+a layer is a knapsack: fewest parameters with the sum of deviations within the budget (Pareto fronts are merged layer by
+layer, so it is solved exactly for the candidates offered). The choice is then carried out from the last layer to the
+first: what comes before a layer is then still the original, so its bounds hold as they are; what comes after is the
+network as it is by then, through which the deviation is propagated afresh. The sum of these is the claim (triangle
+inequality), per output; a choice whose true sum exceeds the budget is taken back and tried with a smaller one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from exactprune.claim import LayerVerdict, Method, Status
+from exactprune.compress.apply import State, finish
+from exactprune.compress.block import Block, Units, deviation
+from exactprune.compress.deviation import propagate_all, propagate_many
+from exactprune.compress.enclosure import Interval, enclosures
+from exactprune.compress.rules.fold import folded
+from exactprune.compress.rules.merge import counts, merged, spectrum
+from exactprune.compress.surroundings import Surroundings, make_block, outputs_of, replaced, rewritten, surroundings
+from exactprune.domain import Box
+from exactprune.network import Network, Node
+from exactprune.ops import Affine, Reshape
+
+_GAINS = 4096  # widest layer whose gains are worth computing
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One way to rewrite one layer.
+
+    Attributes:
+        layer: number of the ReLU layer in the current network.
+        rule: ``merge`` or ``fold``.
+        units: the units that take the place of ``channels``.
+        channels: the channels that go.
+        saved: parameters that go.
+        error: (m,) certified deviation at the readers' outputs.
+        eps: largest certified deviation of the network's output.
+        count, certain: arguments of ``rules.merge.merged`` that made the units.
+    """
+
+    layer: int
+    rule: str
+    units: Units
+    channels: np.ndarray
+    saved: int
+    error: np.ndarray
+    eps: float
+    count: int
+    certain: int
+
+
+@dataclass(frozen=True, eq=False)
+class Applied:
+    """A candidate that was carried out: with its deviation per output of the network, float64 in the output's shape."""
+
+    candidate: Candidate
+    deviation: np.ndarray
+
+    @property
+    def eps(self) -> float:
+        """Largest deviation of any output."""
+        return float(np.max(self.deviation, initial=0.0))
+
+
+def shrink_linear(state: State, domain: Box, budget: float) -> tuple[State, list[Applied]]:
+    """The smallest network found whose certified deviation from the given one is within the budget."""
+    offers = [_offers(state, domain, layer, budget) for layer in range(len(state.verdicts))]
+    for attempt in range(6):
+        chosen = choose(offers, budget * 0.97**attempt)
+        after, applied = _carry_out(state, domain, chosen)
+        total = sum((a.deviation for a in applied), np.zeros(state.network.output_shape))
+        if float(np.max(total, initial=0.0)) <= budget:
+            return after, applied
+    return state, []
+
+
+def choose(offers: Sequence[Sequence[Candidate]], budget: float) -> tuple[Candidate, ...]:
+    """One candidate of each layer (or none): most parameters saved with the sum of eps within the budget, exactly."""
+    front: list[tuple[int, float, tuple[Candidate, ...]]] = [(0, 0.0, ())]
+    for candidates in offers:
+        grown = front + [(saved + c.saved, eps + c.eps, (*picked, c)) for saved, eps, picked in front
+                         for c in candidates if eps + c.eps <= budget]
+        front = _pareto(grown)
+    return max(front, key=lambda item: (item[0], -item[1]))[2]
+
+
+def _pareto(items: list[tuple[int, float, tuple[Candidate, ...]]]) -> list[tuple[int, float, tuple[Candidate, ...]]]:
+    kept, best = [], -1
+    for item in sorted(items, key=lambda i: (i[1], -i[0])):
+        if item[0] > best:
+            kept.append(item)
+            best = item[0]
+    return kept
+
+
+def _carry_out(state: State, domain: Box, chosen: Sequence[Candidate]) -> tuple[State, list[Applied]]:
+    """Carry candidates out from the last layer to the first, each made afresh for the network as it is by then."""
+    applied = []
+    for wanted in sorted(chosen, key=lambda c: -c.layer):
+        found = _place(state, domain, wanted.layer)
+        if found is None or not np.array_equal(found.channels, wanted.channels):
+            continue
+        candidate = _candidate(found, wanted.rule, wanted.count, wanted.certain)
+        if candidate.saved <= 0 or not np.isfinite(candidate.error).all():
+            continue
+        moved = propagate_all(state.network, outputs_of(state.network, found.where, candidate.error[None]))
+        applied.append(Applied(candidate, moved[state.network.output][0]))
+        state = _replace(widened(state, moved), found.where, candidate)
+    return state, applied
+
+
+def widened(state: State, moved: Mapping[int, np.ndarray]) -> State:
+    """Verdicts that stay true when tensors deviate: bounds widened, and *unknown* where the phase is not certain any
+    more.
+
+    Args:
+        state: the network and its verdicts.
+        moved: position -> bound on the deviation, (1, *shape).
+    """
+    sources = [state.network.nodes[relu].inputs[0] for relu in state.network.relus]
+    verdicts = tuple(_widened(v, moved[source].ravel()) if source in moved else v
+                     for v, source in zip(state.verdicts, sources, strict=True))
+    return State(state.network, verdicts, state.origin)
+
+
+def _widened(verdict: LayerVerdict, by: np.ndarray) -> LayerVerdict:
+    lower = np.where(by > 0, np.nextafter(verdict.lower - by, -np.inf), verdict.lower)
+    upper = np.where(by > 0, np.nextafter(verdict.upper + by, np.inf), verdict.upper)
+    lost = (((verdict.status == Status.ACTIVE) & (lower < 0)) | ((verdict.status == Status.INACTIVE) & (upper > 0))
+            | ((verdict.status == Status.UNSTABLE) & (by > 0)))
+    reasons = {**verdict.reasons, **{int(i): "an earlier layer was rewritten" for i in np.flatnonzero(lost)}}
+    status = np.where(lost, Status.UNKNOWN, verdict.status)
+    return LayerVerdict(verdict.layer, verdict.node, verdict.shape, status, verdict.method, lower, upper, reasons)
+
+
+def _at_output(network: Network, where: Surroundings, errors: np.ndarray,
+               at: dict[int, Interval] | None = None) -> np.ndarray:
+    """Errors (batch, m) at the readers' outputs, at the network's output: (batch, *output shape)."""
+    return propagate_many(network, outputs_of(network, where, errors), at)
+
+
+# -- candidates -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A layer with linear channels in the current network."""
+
+    network: Network
+    layer: int
+    where: Surroundings
+    channels: np.ndarray
+    block: Block
+
+
+def _place(state: State, domain: Box, layer: int) -> Place | None:
+    network, verdict = state.network, state.verdicts[layer]
+    where, channels = surroundings(network, network.relus[layer]), _active_channels(verdict)
+    if where is None or not channels.size:
+        return None
+    at = enclosures(network, domain, state.verdicts)[network.nodes[where.feeder].inputs[0]]
+    if not (np.isfinite(at[0]).all() and np.isfinite(at[1]).all()):
+        return None
+    linear = channels.size == verdict.shape[0]
+    block = make_block(network, where, channels, at, _gains(network, where), linear)
+    return Place(network, layer, where, channels, block)
+
+
+def _offers(state: State, domain: Box, layer: int, budget: float) -> list[Candidate]:
+    """Candidates of one layer within the budget."""
+    place = _place(state, domain, layer)
+    if place is None:
+        return []
+    found = _merges(place, budget)
+    if place.block.linear and _can_fold(place.network, place.where):
+        found.append(_candidate(place, "fold"))
+    return [c for c in found if c.saved > 0 and c.eps <= budget]
+
+
+def _active_channels(verdict: LayerVerdict) -> np.ndarray:
+    """Channels that are stably active at every position."""
+    return np.flatnonzero((verdict.status == Status.ACTIVE).reshape(verdict.shape[0], -1).all(axis=1))
+
+
+def _can_fold(network: Network, where: Surroundings) -> bool:
+    plain = (isinstance(network.nodes[p].op, Affine) for p in (where.feeder, *(r.position for r in where.readers)))
+    return all(plain) and not where.between
+
+
+def _gains(network: Network, where: Surroundings) -> np.ndarray | None:
+    """How much a unit of deviation at each reader's output can weigh at the network's output."""
+    outputs = sum(network.shapes[r.position][0] for r in where.readers)
+    flat = all(len(shape) == 1 for shape in network.shapes[where.readers[0].position:])
+    if not flat or outputs > _GAINS or outputs * network.macs > 2e11:
+        return None
+    found = _at_output(network, where, np.eye(outputs))
+    return found.reshape(outputs, -1).max(axis=1)
+
+
+def _merges(place: Place, budget: float) -> list[Candidate]:
+    """Merges by growing numbers of units: the fewest within the budget and a few more precise ones."""
+    block = place.block
+    values = spectrum(block)
+    limit = min(place.channels.size - (not block.linear), *block.w_in.shape, len(block.w_out))
+    least = int((values > budget * np.sqrt(len(block.w_out))).sum())
+    certain = max(int((values > budget / 8).sum()), 1)
+    found: list[Candidate] = []
+    for count in counts(least, limit) if least <= limit else ():
+        found.append(_candidate(place, "merge", count, certain))
+        if sum(c.eps <= budget for c in found) >= 4 or found[-1].saved <= 0:
+            break
+    return found
+
+
+def _candidate(place: Place, rule: str, count: int = 0, certain: int = 1) -> Candidate:
+    block = place.block
+    units = folded(block) if rule == "fold" else merged(block, count, certain)
+    error = deviation(block, units)
+    eps = float(_at_output(place.network, place.where, error[None]).max()) if np.isfinite(error).all() else np.inf
+    gone, rows, columns = len(block.w_in), len(block.w_out), block.w_in.shape[1]
+    new = rows * columns if rule == "fold" else len(units.v) * (columns + 1 + rows)
+    return Candidate(place.layer, rule, units, place.channels, gone * (columns + 1 + rows) - new, error, eps, count,
+                     certain)
+
+
+# -- rewriting ------------------------------------------------------------------------------------------------------
+
+
+def _replace(state: State, where: Surroundings, candidate: Candidate) -> State:
+    """The network with one candidate carried out."""
+    units, network = candidate.units, state.network
+    if candidate.rule == "fold":
+        return _fold(state, where, units)
+    kept = np.setdiff1d(np.arange(network.shapes[where.relu][0]), candidate.channels)
+    nodes = replaced(network.nodes, rewritten(network, where, kept, units))
+    if not kept.size:
+        return _without_relu(state, where, nodes)
+    grown = _grown(state, candidate.layer, kept, units)
+    layers = {relu: k for k, relu in enumerate(network.relus)}
+    everything = {k: (0, np.arange(s[0])) for k, s in enumerate(v.shape for v in grown.verdicts)}
+    return finish(grown, nodes, network.output, layers, everything)
+
+
+def _grown(state: State, layer: int, kept: np.ndarray, units: Units) -> State:
+    """Verdicts and origins with the kept channels first and the new units, stably active, after them."""
+    old, (number, origin) = state.verdicts[layer], state.origin[layer]
+    shape = (len(kept) + len(units.v), *old.shape[1:])
+    places = prod(old.shape[1:])
+
+    def joined(name: str, new: np.ndarray | int) -> np.ndarray:
+        rows = getattr(old, name).reshape(old.shape[0], places)[kept]
+        return np.concatenate([rows, np.broadcast_to(np.reshape(new, (-1, 1)), (len(units.v), places))])
+
+    reasons = {i: why for i, why in old.reasons.items() if i // places in set(kept.tolist())}
+    moved = {int(np.searchsorted(kept, i // places)) * places + i % places: why for i, why in reasons.items()}
+    verdict = LayerVerdict(layer, old.node, shape, joined("status", int(Status.ACTIVE)),
+                           joined("method", int(Method.INTERVAL)), joined("lower", units.lower),
+                           joined("upper", units.upper), moved)
+    grown = (number, np.concatenate([origin[kept], np.full(len(units.v), -1)]))
+    return State(state.network, tuple(verdict if i == layer else v for i, v in enumerate(state.verdicts)),
+                 tuple(grown if i == layer else o for i, o in enumerate(state.origin)))
+
+
+def _without_relu(state: State, where: Surroundings, nodes: list[Node]) -> State:
+    """All channels were linear: the ReLU goes."""
+    shape = nodes[where.feeder].op.output_shape(state.network.shape_of(nodes[where.feeder].inputs[0]))
+    nodes[where.relu] = Node(nodes[where.relu].name, Reshape(shape), nodes[where.relu].inputs)
+    return _finished(state, where, nodes)
+
+
+def _fold(state: State, where: Surroundings, units: Units) -> State:
+    """The readers read what the feeder read."""
+    nodes, start = list(state.network.nodes), 0
+    for reader in where.readers:
+        node, count = nodes[reader.position], state.network.shapes[reader.position][0]
+        op = Affine(units.v[start:start + count], units.d[start:start + count])
+        nodes[reader.position] = Node(node.name, op, nodes[where.feeder].inputs)
+        start += count
+    return _finished(state, where, nodes)
+
+
+def _finished(state: State, where: Surroundings, nodes: Sequence[Node]) -> State:
+    """Tidy up; the layer is no layer any more, all others stay as they are."""
+    layers = {relu: k for k, relu in enumerate(state.network.relus) if relu != where.relu}
+    everything = {k: (0, np.arange(v.shape[0])) for k, v in enumerate(state.verdicts)}
+    return finish(state, nodes, state.network.output, layers, everything)
