@@ -221,7 +221,7 @@ class Forward:
         if given.ndim == 0 or prod(given.shape[1:]) != self.inputs or given.ndim == 1:
             raise ShapeError(f"{self.network.name}: takes points of shape (batch, {self.inputs}), was given "
                              f"{tuple(given.shape)}")
-        return given.reshape(given.shape[0], -1).to(device=self.device, dtype=torch.float64)
+        return given.reshape(len(given), self.inputs).to(device=self.device, dtype=torch.float64)
 
     def preactivations(self, x: np.ndarray | Tensor, last: int | None = None, *,
                        activation: Activation = torch.relu) -> list[Tensor]:
@@ -243,7 +243,7 @@ class Forward:
                 step = self._steps[position]
                 given = [values[i] for i in step.node.inputs]
                 if isinstance(step.node.op, ReLU):
-                    found.append(given[0].reshape(x.shape[0], -1))
+                    found.append(given[0].flatten(1))
                     if len(found) - 1 == last:
                         break
                 values[position] = step.value(given, activation)
@@ -266,8 +266,8 @@ class Forward:
                 step = self._steps[position]
                 given, wrong = [values[i] for i in step.node.inputs], [errors[i] for i in step.node.inputs]
                 if isinstance(step.node.op, ReLU):
-                    found[0].append(given[0].reshape(x.shape[0], -1))
-                    found[1].append(wrong[0].reshape(x.shape[0], -1))
+                    found[0].append(given[0].flatten(1))
+                    found[1].append(wrong[0].flatten(1))
                 values[position] = step.value(given, torch.relu)
                 errors[position] = step.error([v.abs() for v in given], wrong)[1]
                 self._forget(values, position)

@@ -306,7 +306,7 @@ class WitnessSearch:
         points = self.forward.tensor(x)
         points = points[((points >= self._lower) & (points <= self._upper)).all(dim=1)]
         last = None if layers is None else layers - 1
-        if not self._ledgers or layers == 0:
+        if not self._ledgers or layers == 0 or not len(points):
             return 0
         with torch.no_grad():
             return sum(self._harvest(self.forward.preactivations(part, last), part, method)
