@@ -149,7 +149,7 @@ RECIPES = {
         Recipe("fashion_2x100", lambda: mlp(784, 100, 100, 10), "784-100-100-10", l1=1e-4),
         Recipe("fashion_2x100_plain", lambda: mlp(784, 100, 100, 10), "784-100-100-10", l1=0.0),
         Recipe("fashion_2x200", lambda: mlp(784, 200, 200, 10), "784-200-200-10", l1=7e-5),
-        Recipe("fashion_2x800", lambda: mlp(784, 800, 800, 10), "784-800-800-10", l1=5e-5, half=True),
+        Recipe("fashion_2x800", lambda: mlp(784, 800, 800, 10), "784-800-800-10", l1=3e-5, half=True),
         Recipe("fashion_5x100", lambda: mlp(784, *[100] * 5, 10), "784-5x100-10", l1=7e-5),
         Recipe(
             "fashion_conv_bn",
