@@ -15,7 +15,7 @@ from exactprune.claim import Method
 
 PIPE_WIDTH = 140
 _FEW = 6
-_LEFT = ("layer", "node", "settled by", "stage", "detail", "quantity")
+_LEFT = ("layer", "node", "settled by", "stage", "detail", "quantity", "removed by")
 _COUNTS = ("neurons", "inactive", "active", "unstable", "unknown")
 
 
@@ -97,6 +97,16 @@ def check_table(summary: Mapping[str, Any]) -> Table:
         table.add_row(str(layer["layer"]), *(_int(layer[c]) for c in columns))
     table.add_section()
     table.add_row("all", *(_int(sum(layer[c] for layer in summary["layers"])) for c in columns))
+    return table
+
+
+def removal_table(summary: Mapping[str, Any]) -> Table:
+    """One row a ReLU layer: neurons before, removed, new ones that stand for several, left, and which rules removed."""
+    columns = ("neurons", "removed", "new", "left")
+    table = _table("layer", "node", *columns, "removed by")
+    for layer in summary["removed"]:
+        rules = ", ".join(f"{name} {count:,}" for name, count in layer["rules"].items())
+        table.add_row(str(layer["layer"]), layer["node"], *(_int(layer[c]) for c in columns), rules)
     return table
 
 
