@@ -104,20 +104,27 @@ def _try(network: Network, units: Units, views: Sequence[_Candidate], groups: Se
         columns = np.flatnonzero(np.isin(v.mixer.inputs(units), groups) & v.known & (v.value != 0))
         if columns.size:
             rows = _shifted(network, v, columns, biases.get(v.mixer.position))
-            if not all(representable(row, network.dtype) for row in rows):
+            if rows is None:
                 return None
             found[v.mixer.position] = rows
     return found
 
 
-def _shifted(network: Network, v: _Candidate, columns: np.ndarray, start: list[Fraction] | None) -> list[Fraction]:
+def _shifted(network: Network, v: _Candidate, columns: np.ndarray,
+             start: list[Fraction] | None) -> list[Fraction] | None:
+    """The bias with the constants added, or None at the first row where it is not a number of the dtype."""
     op = network.nodes[v.mixer.position].op
     assert isinstance(op, Affine | Conv2d)
-    rows = [Fraction(float(b)) for b in op.bias] if start is None else list(start)
-    for column in columns:
-        value = Fraction(float(v.value[column]))
-        for row, taps in enumerate(_taps(op, int(column))):
-            rows[row] += value * sum(Fraction(float(w)) for w in taps if w)
+    taps = np.stack([_taps(op, int(column)) for column in columns], axis=1)
+    values = [Fraction(float(value)) for value in v.value[columns]]
+    rows = []
+    for row, weights in enumerate(taps):
+        total = Fraction(float(op.bias[row])) if start is None else start[row]
+        for value, column in zip(values, weights, strict=True):
+            total += value * sum((Fraction(float(w)) for w in column if w), Fraction(0))
+        if not representable(total, network.dtype):
+            return None
+        rows.append(total)
     return rows
 
 
