@@ -110,11 +110,12 @@ def prove(bounds: Bounds, tree: Splits) -> dict[tuple[int, int, int], str]:
     why = {}
     for key in sorted(held.keys() | failed.keys()):
         if _covered(tree.children, held.get(key, set())):
-            layer, neuron, sign = key
-            bounds.narrow(layer, np.array([neuron]), "upper" if sign > 0 else "lower", np.zeros(1))
             why[key] = ""
         else:
             why[key] = f"its sub-boxes do not cover the domain ({failed.get(key, 0)} of its claims are not proved)"
+    for (layer, neuron, sign), reason in why.items():  # after all layers: every sub-box sees D's bounds as they stood before
+        if not reason:
+            bounds.narrow(layer, np.array([neuron]), "upper" if sign > 0 else "lower", np.zeros(1))
     return why
 
 

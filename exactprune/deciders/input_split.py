@@ -25,6 +25,8 @@ from exactprune.bounds.relaxation import Relaxation, relax
 from exactprune.deciders.proofs import Record, pack
 from exactprune.network import INPUT
 
+MARGIN = 2e-6  # of a neuron's range: what the checker's coarser multipliers may lose
+
 
 @dataclass(frozen=True, eq=False)
 class Question:
@@ -137,7 +139,7 @@ class InputSplit:
         for q in self.questions:
             bounds = self.known[self.program.preactivation(q.layer)]
             width.append(float(bounds.upper[0, q.neuron] - bounds.lower[0, q.neuron]))
-        return 1e-6 * torch.tensor(width, dtype=torch.float64, device=self.program.device)
+        return MARGIN * torch.tensor(width, dtype=torch.float64, device=self.program.device)
 
     # -- one round -----------------------------------------------------------------------------------------------------
 
@@ -195,9 +197,11 @@ class InputSplit:
         return NodeBounds(torch.maximum(here.lower, whole.lower), torch.minimum(here.upper, whole.upper), whole.error)
 
     def _narrowed(self, bounds: NodeBounds, rows: Tensor, lower: Tensor, upper: Tensor) -> NodeBounds:
+        """Narrow what is open on each box, and nothing else: a box's bounds must not depend on which boxes share its batch."""
         low, up = bounds.lower.clone(), bounds.upper.clone()
-        low[:, rows] = torch.maximum(low[:, rows], lower)
-        up[:, rows] = torch.minimum(up[:, rows], upper)
+        open_ = (low[:, rows] < 0) & (up[:, rows] > 0)
+        low[:, rows] = torch.where(open_, torch.maximum(low[:, rows], lower), low[:, rows])
+        up[:, rows] = torch.where(open_, torch.minimum(up[:, rows], upper), up[:, rows])
         return NodeBounds(low, up, bounds.error)
 
     def _ask(self, layer: int, bounds: NodeBounds, wanted: Tensor, settled: Tensor) -> None:
