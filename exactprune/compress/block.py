@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 
@@ -65,12 +66,17 @@ class Block:
         """Unit roundoff of the working type."""
         return float(np.finfo(self.work).eps) / 2
 
-    @property
+    @cached_property
+    def product(self) -> np.ndarray:
+        """W_out W_in, (q, n), in the working type."""
+        return self.w_out.astype(self.work) @ self.w_in.astype(self.work)
+
+    @cached_property
     def mid(self) -> np.ndarray:
         """Centre of x; any centre is sound with ``rad``."""
         return ((self.lower.astype(self.work) + self.upper) / 2).astype(self.work)
 
-    @property
+    @cached_property
     def rad(self) -> np.ndarray:
         """Upper bound on the distance of x from ``mid``."""
         return np.nextafter(np.maximum(self.upper - self.mid, self.mid - self.lower), self.work(np.inf))
@@ -135,7 +141,7 @@ def _at_least(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def _products(block: Block, new: Units) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """E as computed, and |W_out||W_in| h + |U||V| h for h = |mid| and h = rad, what its errors scale with."""
     w_out, w_in, u, v = (a.astype(block.work) for a in (block.w_out, block.w_in, new.u, new.v))
-    error = w_out @ w_in - u @ v
+    error = block.product - u @ v
     ends = np.stack([np.abs(block.mid), block.rad], axis=1)
     size = np.abs(w_out) @ (np.abs(w_in) @ ends) + np.abs(u) @ (np.abs(v) @ ends)
     return error, size[:, 0], size[:, 1]

@@ -24,7 +24,7 @@ from exactprune.compress.block import Block, Units, deviation
 from exactprune.compress.deviation import propagate_all, propagate_many
 from exactprune.compress.enclosure import Interval, enclosures
 from exactprune.compress.rules.fold import folded
-from exactprune.compress.rules.merge import counts, merged, spectrum
+from exactprune.compress.rules.merge import mergers
 from exactprune.compress.surroundings import Surroundings, make_block, outputs_of, replaced, rewritten, surroundings
 from exactprune.domain import Box
 from exactprune.network import Network, Node
@@ -45,7 +45,6 @@ class Candidate:
         saved: parameters that go.
         error: (m,) certified deviation at the readers' outputs.
         eps: largest certified deviation of the network's output.
-        count, certain: arguments of ``rules.merge.merged`` that made the units.
     """
 
     layer: int
@@ -55,8 +54,6 @@ class Candidate:
     saved: int
     error: np.ndarray
     eps: float
-    count: int
-    certain: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +71,11 @@ class Applied:
 
 def shrink_linear(state: State, domain: Box, budget: float) -> tuple[State, list[Applied]]:
     """The smallest network found whose certified deviation from the given one is within the budget."""
-    offers = [_offers(state, domain, layer, budget) for layer in range(len(state.verdicts))]
+    places = [_place(state, domain, layer) for layer in range(len(state.verdicts))]
+    offers = [_offers(place, budget) for place in places if place is not None]
     for attempt in range(6):
-        chosen = choose(offers, budget * 0.97**attempt)
-        after, applied = _carry_out(state, domain, chosen)
+        allowed = budget * 0.97**attempt
+        after, applied = _carry_out(state, domain, choose(offers, allowed), allowed)
         total = sum((a.deviation for a in applied), np.zeros(state.network.output_shape))
         if float(np.max(total, initial=0.0)) <= budget:
             return after, applied
@@ -103,20 +101,29 @@ def _pareto(items: list[tuple[int, float, tuple[Candidate, ...]]]) -> list[tuple
     return kept
 
 
-def _carry_out(state: State, domain: Box, chosen: Sequence[Candidate]) -> tuple[State, list[Applied]]:
-    """Carry candidates out from the last layer to the first, each made afresh for the network as it is by then."""
-    applied = []
-    for wanted in sorted(chosen, key=lambda c: -c.layer):
-        found = _place(state, domain, wanted.layer)
-        if found is None or not np.array_equal(found.channels, wanted.channels):
+def _carry_out(state: State, domain: Box, chosen: Sequence[Candidate], budget: float) -> tuple[State, list[Applied]]:
+    """Carry candidates out from the last layer to the first.
+
+    Each is chosen afresh for the network as it is by then (fewer units may do once the layers after are narrower), within
+    what the budget leaves after those already carried out and those still to come.
+    """
+    applied: list[Applied] = []
+    order = sorted(chosen, key=lambda c: -c.layer)
+    for index, wanted in enumerate(order):
+        spent = sum(a.eps for a in applied) + sum(c.eps for c in order[index + 1:])
+        place = _place(state, domain, wanted.layer)
+        best = None if place is None else _best(_offers(place, budget - spent))
+        if place is None or best is None:
             continue
-        candidate = _candidate(found, wanted.rule, wanted.count, wanted.certain)
-        if candidate.saved <= 0 or not np.isfinite(candidate.error).all():
-            continue
-        moved = propagate_all(state.network, outputs_of(state.network, found.where, candidate.error[None]))
-        applied.append(Applied(candidate, moved[state.network.output][0]))
-        state = _replace(widened(state, moved), found.where, candidate)
+        moved = propagate_all(state.network, outputs_of(state.network, place.where, best.error[None]))
+        applied.append(Applied(best, moved[state.network.output][0]))
+        state = _replace(widened(state, moved), place.where, best)
     return state, applied
+
+
+def _best(candidates: Sequence[Candidate]) -> Candidate | None:
+    """The most parameters saved, then the smallest deviation."""
+    return max(candidates, key=lambda c: (c.saved, -c.eps), default=None)
 
 
 def widened(state: State, moved: Mapping[int, np.ndarray]) -> State:
@@ -176,14 +183,11 @@ def _place(state: State, domain: Box, layer: int) -> Place | None:
     return Place(network, layer, where, channels, block)
 
 
-def _offers(state: State, domain: Box, layer: int, budget: float) -> list[Candidate]:
+def _offers(place: Place, budget: float) -> list[Candidate]:
     """Candidates of one layer within the budget."""
-    place = _place(state, domain, layer)
-    if place is None:
-        return []
     found = _merges(place, budget)
     if place.block.linear and _can_fold(place.network, place.where):
-        found.append(_candidate(place, "fold"))
+        found.append(_candidate(place, "fold", folded(place.block)))
     return [c for c in found if c.saved > 0 and c.eps <= budget]
 
 
@@ -210,27 +214,22 @@ def _gains(network: Network, where: Surroundings) -> np.ndarray | None:
 def _merges(place: Place, budget: float) -> list[Candidate]:
     """Merges by growing numbers of units: the fewest within the budget and a few more precise ones."""
     block = place.block
-    values = spectrum(block)
     limit = min(place.channels.size - (not block.linear), *block.w_in.shape, len(block.w_out))
-    least = int((values > budget * np.sqrt(len(block.w_out))).sum())
-    certain = max(int((values > budget / 8).sum()), 1)
     found: list[Candidate] = []
-    for count in counts(least, limit) if least <= limit else ():
-        found.append(_candidate(place, "merge", count, certain))
+    for units in mergers(block, budget, limit) if limit >= 0 else ():
+        found.append(_candidate(place, "merge", units))
         if sum(c.eps <= budget for c in found) >= 4 or found[-1].saved <= 0:
             break
     return found
 
 
-def _candidate(place: Place, rule: str, count: int = 0, certain: int = 1) -> Candidate:
+def _candidate(place: Place, rule: str, units: Units) -> Candidate:
     block = place.block
-    units = folded(block) if rule == "fold" else merged(block, count, certain)
     error = deviation(block, units)
     eps = float(_at_output(place.network, place.where, error[None]).max()) if np.isfinite(error).all() else np.inf
     gone, rows, columns = len(block.w_in), len(block.w_out), block.w_in.shape[1]
     new = rows * columns if rule == "fold" else len(units.v) * (columns + 1 + rows)
-    return Candidate(place.layer, rule, units, place.channels, gone * (columns + 1 + rows) - new, error, eps, count,
-                     certain)
+    return Candidate(place.layer, rule, units, place.channels, gone * (columns + 1 + rows) - new, error, eps)
 
 
 # -- rewriting ------------------------------------------------------------------------------------------------------

@@ -15,5 +15,6 @@ from exactprune.compress.block import Block, Units, placed
 
 def folded(block: Block) -> Units:
     """The product as stored weights: V is W_out W_in rounded, U the identity (exact, and not stored)."""
-    product = block.w_out.astype(block.work) @ block.w_in.astype(block.work)
-    return placed(block, product.astype(block.dtype), np.eye(len(product), dtype=block.dtype))
+    with np.errstate(over="ignore"):
+        stored = block.product.astype(block.dtype)
+    return placed(block, stored, np.eye(len(stored), dtype=block.dtype))

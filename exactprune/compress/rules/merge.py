@@ -15,42 +15,71 @@ bias is at least minus a sound lower bound of V x on the domain.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain, repeat
 
 import numpy as np
 
 from exactprune.compress.block import Block, Units, placed
 
 
-def spectrum(block: Block) -> np.ndarray:
-    """Singular values of the weighted product."""
-    return np.linalg.svd(_weighted(block, _product(block)), compute_uv=False)
+def mergers(block: Block, budget: float, limit: int) -> Iterator[Units]:
+    """Units for a block, by growing count, until ``limit``.
+
+    First the leading directions of the product, as many as clearly stand out; then, one by one and later a few at a time,
+    the leading directions of what the stored units leave, so that their rounding is made good along with the rest.
+    Counts that cannot meet the budget whatever their rounding are skipped.
+    """
+    vectors, values = directions(block, np.asarray(block.product, np.float64))
+    least = int((values > budget * np.sqrt(len(block.w_out))).sum())
+    floor = values[0] * 2.0**(4 - np.finfo(block.dtype).nmant) if values.size else 0.0
+    certain = min(max(int((values > max(budget / 8, floor)).sum()), 1), limit)
+    if least == 0:
+        yield placed(block, *_nothing(block))
+    for count in counts(max(least, 1), certain) if least <= certain else ():
+        yield placed(block, *_stored(block, vectors[:count]))
+    yield from _corrected(block, vectors[:certain], least, limit)
 
 
-def _product(block: Block) -> np.ndarray:
-    return np.asarray(block.w_out, np.float64) @ np.asarray(block.w_in, np.float64)
+def _corrected(block: Block, v: np.ndarray, least: int, limit: int) -> Iterator[Units]:
+    """Add directions of the rest until ``limit``."""
+    v, u = _stored(block, v)
+    for step in chain([1] * 8, [2] * 8, repeat(16)):
+        more = min(step, limit - len(v))
+        if more <= 0:
+            return
+        rest = np.asarray(block.product - u.astype(block.work) @ v.astype(block.work), np.float64)
+        v, u = _stored(block, np.concatenate([v, leading(block, rest, more)]))
+        if len(v) >= least:
+            yield placed(block, v, u)
 
 
-def _rows(block: Block) -> np.ndarray:
-    """Weight of each row, (q, 1)."""
-    return np.maximum(block.gain, 1e-30)[block.owner, None]
+def _weights(block: Block) -> tuple[np.ndarray, np.ndarray]:
+    """Weight of each row, (q, 1), and of each column, (n,)."""
+    return np.maximum(block.gain, 1e-30)[block.owner, None], block.rad.astype(np.float64)
 
 
-def _weighted(block: Block, product: np.ndarray) -> np.ndarray:
-    return product * _rows(block) * block.rad.astype(np.float64)
+def directions(block: Block, product: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Directions in x that the weighted product depends on, (min(q, n), n), with its singular values."""
+    rows, columns = _weights(block)
+    _, values, right = np.linalg.svd(product * rows * columns, full_matrices=False)
+    return _scaled(right, columns), values
 
 
-def merged(block: Block, units: int, certain: int) -> Units:
-    """``units`` units for a block: at most ``certain`` for the product, the others for what their rounding left."""
-    if not units:
-        return placed(block, *_nothing(block))
-    base = min(units, certain)
-    v, u = _factors(block, _product(block), base)
-    if units > base:
-        wide_u, wide_v = u.astype(block.work), v.astype(block.work)
-        rest = block.w_out.astype(block.work) @ block.w_in.astype(block.work) - wide_u @ wide_v
-        more_v, more_u = _factors(block, np.asarray(rest, np.float64), units - base)
-        v, u = np.concatenate([v, more_v]), np.concatenate([u, more_u], axis=1)
-    return placed(block, v, u)
+def leading(block: Block, rest: np.ndarray, count: int, rounds: int = 6) -> np.ndarray:
+    """About the first ``count`` directions, by subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4)."""
+    rows, columns = _weights(block)
+    weighted = rest * rows * columns
+    basis = np.random.default_rng(0).standard_normal((len(columns), min(count + 8, len(columns))))
+    for _ in range(rounds):
+        basis = np.linalg.qr(weighted.T @ np.linalg.qr(weighted @ basis)[0])[0]
+    _, _, right = np.linalg.svd(weighted @ basis, full_matrices=False)
+    return _scaled((basis @ right.T).T[:count], columns)
+
+
+def _scaled(right: np.ndarray, rad: np.ndarray) -> np.ndarray:
+    """Rows with diag(rad) divided out, and a range of about 1 on the domain."""
+    v = np.divide(right, rad, out=np.zeros_like(right), where=rad > 1e-20 * rad.max(initial=0))
+    return v / np.maximum(np.abs(v) @ rad, 1e-300)[:, None]
 
 
 def _nothing(block: Block) -> tuple[np.ndarray, np.ndarray]:
@@ -59,14 +88,14 @@ def _nothing(block: Block) -> tuple[np.ndarray, np.ndarray]:
     return np.zeros((r, block.w_in.shape[1]), block.dtype), np.zeros((len(block.w_out), r), block.dtype)
 
 
-def _factors(block: Block, product: np.ndarray, units: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rounded V (r, n) and U (q, r) with U V close to a product; every row of V has range about 1 on the domain."""
+def _stored(block: Block, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """V (r, n) and U (q, r) in the network's dtype, with U V close to the product; U fits V as it is stored."""
+    v = _better_side(block, v.astype(block.dtype))
     rad = block.rad.astype(np.float64)
-    _, _, right = np.linalg.svd(_weighted(block, product), full_matrices=False)
-    v = np.divide(right[:units], rad, out=np.zeros_like(right[:units]), where=rad > 1e-20 * rad.max(initial=0))
-    v = v / np.maximum(np.abs(v) @ rad, 1e-300)[:, None] if units else v
-    stored = _better_side(block, v.astype(block.dtype))
-    return stored, _refitted(product * rad, stored * rad, units).astype(block.dtype)
+    target = np.asarray(block.product, np.float64) * rad
+    with np.errstate(over="ignore"):
+        u = np.linalg.lstsq((v * rad).T, target.T, rcond=None)[0].T.astype(block.dtype)
+    return v, u
 
 
 def _better_side(block: Block, v: np.ndarray) -> np.ndarray:
@@ -75,13 +104,6 @@ def _better_side(block: Block, v: np.ndarray) -> np.ndarray:
     wide = v.astype(np.float64)
     low, high = wide @ mid - np.abs(wide) @ rad, wide @ mid + np.abs(wide) @ rad
     return np.where((np.abs(high) < np.abs(low))[:, None], -v, v)
-
-
-def _refitted(product: np.ndarray, v: np.ndarray, units: int) -> np.ndarray:
-    """U that fits the product best, given V as it is stored (least squares)."""
-    if not units:
-        return np.zeros((len(product), 0))
-    return np.linalg.lstsq(v.T, product.T, rcond=None)[0].T
 
 
 def counts(low: int, high: int) -> Iterator[int]:
