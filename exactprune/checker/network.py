@@ -25,6 +25,14 @@ class CheckError(Exception):
     """A file is malformed, or holds something the checker has no treatment for: everything is rejected."""
 
 
+class UnknownError(CheckError):
+    """A sound model file with something that the checker's readers do not know."""
+
+
+class OpenShapeError(CheckError):
+    """A model file does not tell the shape of its input."""
+
+
 @dataclass(frozen=True, eq=False)
 class Op:
     """One operator: its kind, its arrays, and its other settings (``stride``, ``padding``, ...)."""

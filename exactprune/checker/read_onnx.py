@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from exactprune.checker.assemble import Graph, Tensor
-from exactprune.checker.network import CheckError, Network, Shape
+from exactprune.checker.network import CheckError, Network, OpenShapeError, Shape, UnknownError
 from exactprune.checker.protobuf import Message
 
 LARGEST = 4 << 30
@@ -23,7 +23,7 @@ FLOATS = {1: "<f4", 10: "<f2", 11: "<f8"}
 DTYPES = {**FLOATS, 2: "|u1", 3: "|i1", 5: "<i2", 6: "<i4", 7: "<i8", 9: "|b1"}
 TYPED = {"<f4": 4, "<f8": 10}
 
-Value = Any  # np.ndarray, Tensor or None
+Value = np.ndarray | Tensor | None
 
 
 def read(path: Path, input_shape: Shape | None = None) -> Network:
@@ -41,7 +41,7 @@ def read(path: Path, input_shape: Shape | None = None) -> Network:
             raise CheckError("too large")
         return _network(Message(path.read_bytes()), input_shape)
     except CheckError as error:
-        raise CheckError(f"{path.name}: {error}") from None
+        raise type(error)(f"{path.name}: {error}") from None
     except (OSError, ValueError, TypeError, IndexError, KeyError, OverflowError, AttributeError) as error:
         raise CheckError(f"{path.name}: not readable ({type(error).__name__}: {error})") from None
 
@@ -50,7 +50,7 @@ def _network(model: Message, input_shape: Shape | None) -> Network:
     opsets = [o.int(2) for o in model.messages(8) if o.text(1) in ("", "ai.onnx")]
     graph = model.message(7)
     if graph is None or not opsets or min(opsets) < OLDEST_OPSET or graph.has(15) or model.has(25):
-        raise CheckError("no graph of standard operators, opset 7 or later")
+        raise UnknownError("no graph of standard operators, opset 7 or later")
     values: dict[str, Value] = {"": None, **dict(_named(t) for t in graph.messages(5))}
     inputs = [i for i in graph.messages(11) if i.text(1) not in values]
     outputs = [o.text(1) for o in graph.messages(12)]
@@ -76,7 +76,7 @@ def _input_shape(given: Message, wanted: Shape | None) -> tuple[Shape, int]:
     described = tensor.message(2)
     if described is None:
         if wanted is None:
-            raise CheckError("it does not say the shape of its input; give --input-shape")
+            raise OpenShapeError("it does not say the shape of its input; give --input-shape")
         return (1, *wanted), tensor.int(1)
     axes = [d.int(1) if d.int(1) > 0 else None for d in described.messages(1)]
     batched = len(axes) > 1 and axes[0] in (None, 1)
@@ -86,7 +86,7 @@ def _input_shape(given: Message, wanted: Shape | None) -> tuple[Shape, int]:
             raise CheckError(f"its input {axes} does not fit {wanted}")
         own = list(wanted)
     if any(a is None for a in own):
-        raise CheckError(f"its input has the dynamic shape {axes}; give --input-shape")
+        raise OpenShapeError(f"its input has the dynamic shape {axes}; give --input-shape")
     return tuple(int(a or 0) for a in ((1, *own) if batched else own)), tensor.int(1)
 
 
@@ -137,12 +137,12 @@ class _View:
         return self.attributes[key].text(4) if key in self.attributes else default
 
     def tensor(self, index: int) -> Tensor:
-        value = self.inputs[index] if index < len(self.inputs) else None
+        value: Any = self.inputs[index] if index < len(self.inputs) else None
         self.require(isinstance(value, Tensor), f"input {index} is no computed tensor")
         return value
 
     def optional(self, index: int) -> np.ndarray | None:
-        value = self.inputs[index] if index < len(self.inputs) else None
+        value: Any = self.inputs[index] if index < len(self.inputs) else None
         self.require(not isinstance(value, Tensor), f"input {index} is no constant")
         return value
 
@@ -159,7 +159,7 @@ class _View:
 
     def require(self, fine: bool, what: str) -> None:
         if not fine:
-            raise CheckError(f"{self.kind}: {what}; the checker's reader does not know it")
+            raise UnknownError(f"{self.kind}: {what}; the checker's reader does not know it")
 
 
 def _read_node(graph: Graph, node: Message, values: dict[str, Value], opset: int) -> None:
@@ -169,9 +169,9 @@ def _read_node(graph: Graph, node: Message, values: dict[str, Value], opset: int
     values[view.outputs[0]] = _value(graph, view)
 
 
-def _value(graph: Graph, view: _View) -> Value:
+def _value(graph: Graph, view: _View) -> Any:
     if view.kind == "Shape":
-        source = view.inputs[0]
+        source: Any = view.inputs[0]
         view.require(not view.attributes, "only a part of the shape")
         return np.array(source.shape, np.int64)
     if not any(isinstance(i, Tensor) for i in view.inputs):

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from exactprune.checker.assemble import Graph, Tensor
-from exactprune.checker.network import CheckError, Network, Shape
+from exactprune.checker.network import CheckError, Network, OpenShapeError, Shape, UnknownError
 
 MAX_PICKLE = 64 << 20
 MODULES = "torch.nn.modules."
@@ -129,7 +129,7 @@ def read(path: Path, input_shape: Shape | None = None) -> Network:
     for name, module in layers:
         kind = module.path.rsplit(".", 1)[-1]
         if module.path not in _KNOWN:
-            raise CheckError(f"layer '{name}': {module.path} is not known to the checker's reader")
+            raise UnknownError(f"layer '{name}': {module.path} is not known to the checker's reader")
         x = _KNOWN[module.path](graph, _Layer(f"{name} ({kind})", module.state), x)
     return graph.network(x)
 
@@ -174,7 +174,7 @@ def _leaves(root: object) -> list[tuple[str, Module]]:
             return found
         name, module = stack.pop()
         if not isinstance(module, Module) or not hasattr(module, "state"):
-            raise CheckError(f"layer '{name}' is no torch.nn layer; the checker reads whole nn.Sequential files only")
+            raise UnknownError(f"layer '{name}' is no torch.nn layer; the checker reads whole nn.Sequential files only")
         _check_state(name, module.state)
         children = module.state.get("_modules") or {}
         if module.path == MODULES + "container.Sequential":
@@ -226,7 +226,7 @@ class _Layer:
 
     def require(self, fine: bool, what: str) -> None:
         if not fine:
-            raise CheckError(f"layer '{self.name}': {what}")
+            raise UnknownError(f"layer '{self.name}': {what}")
 
 
 def _linear(graph: Graph, layer: _Layer, x: Tensor) -> Tensor:
@@ -326,4 +326,4 @@ def _input_shape(layers: Sequence[tuple[str, Module]]) -> Shape:
             return (prod(module.state.get("unflattened_size", (0,))),)
         if kind not in (*IDENTITIES, "Flatten", "ReLU"):
             break
-    raise CheckError("the first layer does not tell the input's shape; give --input-shape C,H,W")
+    raise OpenShapeError("the first layer does not tell the input's shape; give --input-shape C,H,W")

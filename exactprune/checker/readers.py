@@ -6,18 +6,14 @@ from pathlib import Path
 
 from exactprune.checker import read_npz, read_onnx, read_pt, records
 from exactprune.checker.engine import Report, check
-from exactprune.checker.network import CheckError, Network, Shape
-
-
-class UnreadableError(CheckError):
-    """The checker's own readers do not know this kind of file."""
+from exactprune.checker.network import CheckError, Network, OpenShapeError, Shape, UnknownError
 
 
 def read_network(path: str | Path, input_shape: Shape | None = None) -> Network:
     """The canonical network of a ``.pt``, ``.pth``, ``.onnx`` or ``.npz`` file.
 
     Raises:
-        CheckError: missing, damaged, unsafe, or not known to the checker's readers.
+        CheckError: missing, damaged or unsafe; UnknownError: not known to the checker's readers.
     """
     path = Path(path)
     if not path.is_file():
@@ -29,13 +25,13 @@ def read_network(path: str | Path, input_shape: Shape | None = None) -> Network:
         return read_onnx.read(path, input_shape)
     if suffix == ".npz":
         return read_npz.read(path)
-    raise UnreadableError(f"{path.name}: the checker reads .pt, .onnx and .npz files")
+    raise UnknownError(f"{path.name}: the checker reads .pt, .onnx and .npz files")
 
 
 def check_run(model: str | Path, run: str | Path, exact: bool = True, input_shape: Shape | None = None) -> Report:
     """Check a run folder against a model file.
 
-    A model that the checker's readers cannot read is taken from the run's ``network.npz``, which the report says: then the
+    A sound model file whose kind or operators the checker's readers do not know is taken from the run's ``network.npz``, which the report says: then the
     verdicts are about that network, and that it is the model's is the word of the tool that wrote it.
 
     Args:
@@ -46,8 +42,8 @@ def check_run(model: str | Path, run: str | Path, exact: bool = True, input_shap
     """
     run = Path(run)
     try:
-        network, source = _network(Path(model), run, input_shape)
         lower, upper = read_npz.domain(run / "domain.npz")
+        network, source = _network(Path(model), run, input_shape, lower.shape)
     except CheckError as error:
         return Report(error=str(error))
     report = check(network, lower, upper, records.read_lines(run / "certificates.jsonl.gz"), exact)
@@ -55,11 +51,14 @@ def check_run(model: str | Path, run: str | Path, exact: bool = True, input_shap
     return report
 
 
-def _network(model: Path, run: Path, input_shape: Shape | None) -> tuple[Network, str]:
+def _network(model: Path, run: Path, input_shape: Shape | None, domain: Shape) -> tuple[Network, str]:
+    """The network, and where it comes from; where the file leaves the input's shape open, the domain's shape tells it."""
     try:
         return read_network(model, input_shape), str(model)
-    except CheckError as error:
+    except OpenShapeError:
+        return read_network(model, domain), str(model)
+    except UnknownError as error:
         stored = run / "network.npz"
-        if not (model.is_file() and stored.is_file()):
+        if not stored.is_file():
             raise
         return read_npz.read(stored), f"{stored} (the checker cannot read {model.name} itself: {error})"
