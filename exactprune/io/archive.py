@@ -88,6 +88,9 @@ def open_zip(path: Path | BinaryIO) -> zipfile.ZipFile:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError) as error:
         raise LoadError(f"is not a complete torch archive ({error}); download or save it again, with torch >= 1.6") from None
+    if any(n.endswith("/constants.pkl") for n in archive.namelist()):
+        archive.close()
+        raise LoadError(f"is a TorchScript archive, which holds code; {REMEDY}")
     packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED or i.flag_bits & 1]
     total = sum(i.file_size for i in archive.infolist())
     if packed or total > _size(path):
@@ -124,8 +127,6 @@ def read(path: Path | BinaryIO) -> object:
     with open_zip(path) as archive:
         names = archive.namelist()
         roots = [n.removesuffix("data.pkl") for n in names if n.count("/") <= 1 and n.endswith("data.pkl")]
-        if any(n.endswith("constants.pkl") for n in names):
-            raise LoadError(f"is a TorchScript archive, which holds code; {REMEDY}")
         if len(roots) != 1 or len(set(names)) != len(names):
             raise LoadError(f"is not what torch.save writes (no single data.pkl); {REMEDY}")
         program = member(archive, roots[0] + "data.pkl")

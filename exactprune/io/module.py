@@ -38,6 +38,7 @@ def load_module(module: object, *, input_shape: tuple[int, ...] | None = None, n
     """
     if not isinstance(module, nn.Module):
         raise OptionError(f"a {type(module).__name__} was given; give a path or a torch.nn.Module")
+    _check_mode(module)
     leaves = [m for m in module.modules() if not list(m.children()) and not isinstance(m, nn.Dropout | nn.Identity)]
     first = leaves[0] if leaves else None
     shape = input_shape or _first_shape(leaves)
@@ -46,6 +47,13 @@ def load_module(module: object, *, input_shape: tuple[int, ...] | None = None, n
     axes = ("batch", "...") if isinstance(first, nn.Flatten) and len(shape) == 1 else None
     interface = Interface(network.interface.input_name, input_axes=axes)
     return type(network)(network.nodes, network.input_shape, network.dtype, network.name, network.notes, interface)
+
+
+def _check_mode(module: nn.Module) -> None:
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._NormBase) and (layer.training or layer.running_mean is None):
+            raise UnsupportedOpError(f"layer '{name}' ({type(layer).__name__}): is in training mode, or keeps no running "
+                                     "statistics, so its output depends on the batch; call model.eval() first")
 
 
 def _first_shape(leaves: list[nn.Module]) -> tuple[int, ...]:

@@ -60,6 +60,7 @@ class _Writer:
         self.nodes: list[NodeProto] = []
         self.weights: list[TensorProto] = []
         self.names = {network.interface.input_name, network.interface.output_name}
+        self.labels: set[str] = set()
         self.values = {INPUT: network.interface.input_name}
 
     def graph(self) -> onnx.GraphProto:
@@ -98,7 +99,8 @@ class _Writer:
         if "shape" in attributes:
             sizes = np.array(attributes.pop("shape"), np.int64)
             inputs = [*inputs, self._weight(f"{name}.shape", sizes)]
-        self.nodes.append(helper.make_node(kind, list(inputs), [output], name=name, **attributes))
+        label = self._unique(name, self.labels)
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], name=label, **attributes))
         return output
 
     def _weight(self, name: str, array: np.ndarray) -> str:
@@ -106,12 +108,14 @@ class _Writer:
         self.weights.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
         return name
 
-    def _unique(self, name: str) -> str:
+    def _unique(self, name: str, used: set[str] | None = None) -> str:
+        """``name``, or the first of name_2, name_3, ... that is not in ``used`` (the values' names by default)."""
+        used = self.names if used is None else used
         found, count = name or "value", 1
-        while found in self.names:
+        while found in used:
             count += 1
-            found = f"{name}_{count}"
-        self.names.add(found)
+            found = f"{name or 'value'}_{count}"
+        used.add(found)
         return found
 
 

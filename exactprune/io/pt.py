@@ -20,7 +20,7 @@ from exactprune.io.graph import Graph, Tensor, unsupported
 from exactprune.network import Interface, Network
 from exactprune.ops import Conv2d, Shape, pair
 
-MAX_LAYERS = 100_000
+MAX_LAYERS = 20_000
 _PLAIN = (str, int, float, bool, type(None))
 _IDENTITY = frozenset({"Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout"})
 
