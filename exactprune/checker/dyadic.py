@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,7 @@ class Matrix:
     limbs: tuple[tuple[Array, int], ...]
     width: int
     exponent: int
+    terms: int
 
 
 def width(values: Array) -> int:
@@ -163,18 +165,22 @@ def matrix(values: Array, exponent: int, terms: int) -> Matrix:
     bits = 53 - LIMB - terms.bit_length()
     if bits < 1:
         raise OverflowError(f"a sum of {terms} products is too long for exact float64 limbs")
-    return Matrix(tuple(_limbs(values, bits)), width(values), exponent)
+    return Matrix(tuple(_limbs(values, bits)), width(values), exponent, terms)
 
 
-def product(values: Array, right: Matrix, transpose: bool = False) -> Array:
-    """``values @ right`` (or ``values @ right.T``), exactly: integers (..., m, k) times (..., k, n)."""
-    terms = values.shape[-1]
-    wide = width(values) + right.width + terms.bit_length() > WORD
+def product(values: Array, right: Matrix, transpose: bool = False, finish: Callable[[Array], Array] = lambda x: x) -> Array:
+    """``finish(values @ right)`` (or ``right.T``), exactly: integers (..., m, k) times (..., k, n).
+
+    ``finish`` rearranges and adds entries, each sum counting for the ``terms`` that ``right`` was made for; it is applied
+    to every pair of limbs while these are float64, before the wider integers are put together.
+    """
+    wide = width(values) + right.width + right.terms.bit_length() > WORD
     total: Array | None = None
     for a, s in _limbs(values, LIMB):
         for b, t in right.limbs:
-            part = np.matmul(a, np.swapaxes(b, -1, -2) if transpose else b).astype(np.int64)
-            part = (part.astype(object) if wide else part) << (s + t)
+            part = finish(np.matmul(a, np.swapaxes(b, -1, -2) if transpose else b)).astype(np.int64)
+            part = part.astype(object) if wide else part
+            part = part << (s + t) if s + t else part
             total = part if total is None else total + part
     assert total is not None
     return total

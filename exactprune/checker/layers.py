@@ -308,7 +308,7 @@ class Linear(Layer):
         return split.transpose(1, 0, 3, 2).reshape(self.groups, len(v) * prod(self.windows.out), -1)
 
     def _apply(self, x: Array, weights: Matrix) -> Array:
-        return self._outputs(dyadic.product(self._columns(x), weights, transpose=True), len(x))
+        return dyadic.product(self._columns(x), weights, True, lambda y: self._outputs(y, len(x)))
 
     # weights as integers
 
@@ -361,8 +361,7 @@ class Linear(Layer):
         weights = (self._exact if exact else self._coarse)[0]
         low, high = (self.bias, self.bias) if exact else self._bias
         constant = support(v, interval(low.reshape(1, -1), high.reshape(1, -1), exact))
-        columns = dyadic.product(self._from_outputs(v.values), weights)
-        values = self._from_columns(columns, len(v.values))
+        values = dyadic.product(self._from_outputs(v.values), weights, False, lambda x: self._from_columns(x, len(v.values)))
         return Dyadic(values, v.exponent + weights.exponent, v.divisor), constant
 
     def rows(self, outputs: Array, sign: int, exact: bool) -> tuple[Dyadic, Dyadic] | None:

@@ -202,10 +202,10 @@ def test_bad_onnx_files(tmp_path):
 def test_a_model_that_cannot_be_read_is_taken_from_the_run_and_said(tmp_path):
     model = tmp_path / "model.pt2"
     model.write_bytes(b"something")
+    np.savez(tmp_path / "domain.npz", lower=np.zeros(3), upper=np.ones(3))
     assert "reads .pt" in check_run(model, tmp_path).error
     torch.save(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), tmp_path / "small.pt")
     save_npz(exactprune.load(tmp_path / "small.pt"), tmp_path / "network.npz")
-    np.savez(tmp_path / "domain.npz", lower=np.zeros(3), upper=np.ones(3))
     torch.save({"weight": torch.zeros(2)}, tmp_path / "state.pt")
     torch.save(nn.Sequential(nn.Linear(3, 2), nn.GELU()), tmp_path / "gelu.pt")
     for name in ("model.pt2", "state.pt", "gelu.pt"):
