@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from exactprune.report.tables import size_words, total_methods
+from exactprune.report.tables import size_words, stages_by_kind, total_methods
 
 _COUNTS = ("neurons", "inactive", "active", "unstable", "unknown")
 
@@ -54,9 +54,10 @@ def _methods(summary: Mapping[str, Any]) -> str:
 
 
 def _stages(summary: Mapping[str, Any]) -> str:
-    rows = [[s["name"], s["seconds"], s["settled"], s["detail"]] for s in summary["stages"]]
-    rows.append(["whole run", summary["seconds"], "", ""])
-    return "## Time\n\n" + table(["stage", "seconds", "settled", "detail"], rows)
+    rows: list[list[object]] = [[kind, sum(float(s["seconds"]) for s in stages), sum(s["settled"] for s in stages)]
+                                for kind, stages in stages_by_kind(summary).items()]
+    rows.append(["whole run", summary["seconds"], ""])
+    return "## Time\n\n" + table(["stage", "seconds", "settled"], rows)
 
 
 def _evidence(summary: Mapping[str, Any]) -> str:

@@ -40,12 +40,13 @@ def verify_report(summary: Mapping[str, Any], folder: str | None) -> Report:
 
 
 def layer_table(summary: Mapping[str, Any]) -> Table:
-    """One row a ReLU layer with its counts, and the totals."""
-    table = _table("layer", "node", *_COUNTS)
+    """One row a ReLU layer with its counts and the seconds of the stages that were about it alone, and the totals."""
+    table = _table("layer", "node", *_COUNTS, "seconds")
     for layer in summary["layers"]:
-        table.add_row(str(layer["layer"]), layer["node"], *(_int(layer[c]) for c in _COUNTS))
+        spent = sum(float(s["seconds"]) for s in summary["stages"] if _about(s["name"], layer["node"]))
+        table.add_row(str(layer["layer"]), layer["node"], *(_int(layer[c]) for c in _COUNTS), _seconds(spent))
     table.add_section()
-    table.add_row("all", "", *(_int(summary["totals"][c]) for c in _COUNTS))
+    table.add_row("all", "", *(_int(summary["totals"][c]) for c in _COUNTS), _seconds(summary["seconds"]))
     return table
 
 
@@ -59,13 +60,24 @@ def method_table(summary: Mapping[str, Any]) -> Table:
 
 
 def stage_table(summary: Mapping[str, Any]) -> Table:
-    """One row a stage: seconds, neurons settled, details."""
+    """One row a kind of stage, over all layers: seconds, neurons settled; the single stages are in run.json."""
     table = _table("stage", "seconds", "settled", "detail")
-    for stage in summary["stages"]:
-        table.add_row(stage["name"], _seconds(stage["seconds"]), _int(stage["settled"]), stage["detail"])
+    for kind, stages in stages_by_kind(summary).items():
+        detail = stages[0]["detail"] if len(stages) == 1 else f"{len(stages)} times"
+        spent = sum(float(stage["seconds"]) for stage in stages)
+        table.add_row(kind, _seconds(spent), _int(sum(stage["settled"] for stage in stages)), detail)
     table.add_section()
     table.add_row("whole run", _seconds(summary["seconds"]), "", "")
     return table
+
+
+def stages_by_kind(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Stages grouped by their name without the node that they are about, in order of appearance."""
+    nodes, kinds = [layer["node"] for layer in summary["layers"]], {}
+    for stage in summary["stages"]:
+        node = next((node for node in nodes if _about(stage["name"], node)), "")
+        kinds.setdefault(stage["name"].removesuffix(f" {node}"), []).append(stage)
+    return kinds
 
 
 def verify_words(summary: Mapping[str, Any], folder: str | None) -> list[str]:
@@ -147,6 +159,11 @@ def _table(*columns: str) -> Table:
     for name in columns:
         table.add_column(name, justify="left" if name in _LEFT else "right", overflow="fold")
     return table
+
+
+def _about(stage: str, node: str) -> bool:
+    """Whether a stage's name says that it is about one node: ``crown relu_1``."""
+    return stage.endswith(f" {node}")
 
 
 def _seconds(value: float | str) -> str:

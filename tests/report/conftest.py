@@ -38,7 +38,8 @@ def verification(network):
     totals = {"neurons": 11, **{s.word: sum(la.count(s) for la in layers) for s in Status if s} , "unknown": 1}
     return SimpleNamespace(
         network=network, domain=uniform(0, 1, (1, 3, 3)), options=VerifyOptions(), layers=layers,
-        stages=(SimpleNamespace(name="interval", seconds=0.5, settled=3, detail=""),
+        stages=(SimpleNamespace(name="interval relu1", seconds=0.75, settled=3, detail="x"),
+                SimpleNamespace(name="interval relu2", seconds=0.5, settled=2, detail="y"),
                 SimpleNamespace(name="crown", seconds=float("nan"), settled=np.int64(8), detail="two layers")),
         records=({"record": "header", "format": "exactprune-certificate/1"}, {"record": "crown", "layer": 0}),
         seconds=1.25, versions={"exactprune": "0.1.0"}, hardware={"cpu": "x", "cores": 2},

@@ -31,7 +31,7 @@ def test_run_json_is_strict_and_follows_its_schema(verification, tmp_path):
     read = json.loads((tmp_path / "run" / "run.json").read_text(), parse_constant=refuse)
     assert read == summary
     jsonschema.validate(read, SCHEMA)
-    assert read["stages"][1]["seconds"] == "nan"
+    assert read["stages"][2]["seconds"] == "nan"
     assert read["totals"] == {"neurons": 11, "inactive": 3, "active": 3, "unstable": 4, "unknown": 1}
     assert read["layers"][0]["methods"] == {"interval": 2, "crown": 1, "alpha-crown": 1, "corner": 1, "sample": 2}
     for key in ("neurons", "inactive", "active", "unstable", "unknown"):

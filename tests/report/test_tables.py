@@ -29,8 +29,10 @@ def test_piped_output_is_plain_and_complete(summary):
     assert text.isprintable() or text.replace("\n", "").isprintable()
     assert all(line == line.rstrip() for line in text.splitlines())
     layers = rows(text, "layer")
-    assert layers[0] == ["layer", "node", "neurons", "inactive", "active", "unstable", "unknown"]
-    assert layers[2] == ["0", "relu1", "8", "2", "2", "3", "1"] and layers[-1] == ["all", "", "11", "3", "3", "4", "1"]
+    assert layers[0] == ["layer", "node", "neurons", "inactive", "active", "unstable", "unknown", "seconds"]
+    assert layers[2] == ["0", "relu1", "8", "2", "2", "3", "1", "0.75"]
+    assert layers[-1] == ["all", "", "11", "3", "3", "4", "1", "1.25"]
+    assert ["interval", "1.25", "5", "2 times"] in rows(text, "stage")
     assert ["input-split", "1", "0", "1"] in rows(text, "settled by")
     assert "3 neurons are stably inactive (pre-activation never above 0)," in text
     assert "1 neuron is unknown" in text and "accepted 10 verdicts and rejected 0" in text
