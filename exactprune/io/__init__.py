@@ -51,6 +51,11 @@ def load(source: str | os.PathLike[str] | torch.nn.Module, *, input_shape: Seque
         if str(path) in str(error):
             raise
         raise type(error)(f"{path}: {error}") from None
+    except MemoryError:
+        raise LoadError(f"{path}: needs more memory than there is; use a larger machine") from None
+    except Exception as error:  # a setting of an unexpected kind, deep inside a damaged or hostile file
+        words = " ".join(str(error).split())[:160]
+        raise LoadError(f"{path}: is malformed ({type(error).__name__}: {words}); save or export it again") from error
 
 
 def _load_file(path: Path, shape: tuple[int, ...] | None, arch: str | torch.nn.Module | None) -> Network:

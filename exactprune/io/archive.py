@@ -91,6 +91,10 @@ def open_zip(path: Path | BinaryIO) -> zipfile.ZipFile:
     if any(n.endswith("/constants.pkl") for n in archive.namelist()):
         archive.close()
         raise LoadError(f"is a TorchScript archive, which holds code; {REMEDY}")
+    names = archive.namelist()
+    if len(set(names)) != len(names):
+        archive.close()
+        raise LoadError("holds two members of one name, so readers may disagree about it; save the model again")
     packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED or i.flag_bits & 1]
     total = sum(i.file_size for i in archive.infolist())
     if packed or total > _size(path):
@@ -127,7 +131,7 @@ def read(path: Path | BinaryIO) -> object:
     with open_zip(path) as archive:
         names = archive.namelist()
         roots = [n.removesuffix("data.pkl") for n in names if n.count("/") <= 1 and n.endswith("data.pkl")]
-        if len(roots) != 1 or len(set(names)) != len(names):
+        if len(roots) != 1:
             raise LoadError(f"is not what torch.save writes (no single data.pkl); {REMEDY}")
         program = member(archive, roots[0] + "data.pkl")
         _prescan(program)
@@ -169,6 +173,7 @@ class _Unpickler(pickle.Unpickler):
             "torch.Size": _Rebuild(tuple),
             "torch._utils._rebuild_tensor_v2": _Rebuild(_tensor),
             "torch._utils._rebuild_parameter": _Rebuild(_parameter),
+            "torch._utils._rebuild_parameter_with_state": _Rebuild(_parameter),
             "torch.nn.parameter.Parameter": _Rebuild(_parameter),
             "torch.serialization._get_layout": _Rebuild(str),
         }

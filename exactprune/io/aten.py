@@ -19,7 +19,7 @@ from exactprune.ops import Conv2d
 
 FOLDABLE = frozenset({
     "abs", "add", "alias", "arange", "cat", "clone", "contiguous", "detach", "detach_", "div", "expand", "eye", "flatten", "full",
-    "lift_fresh_copy", "matmul", "mean", "mul", "neg", "norm", "numpy_T", "ones", "ones_like", "permute", "pow", "reciprocal",
+    "lift_fresh_copy", "linalg_vector_norm", "matmul", "mean", "mul", "neg", "norm", "numpy_T", "ones", "ones_like", "permute", "pow", "reciprocal",
     "reshape", "rsqrt", "rsub", "select", "slice", "sqrt", "squeeze", "stack", "sub", "sum", "t", "to", "_to_copy",
     "transpose", "unsqueeze", "view", "zeros", "zeros_like", "_weight_norm", "_weight_norm_interface", "mm", "tril", "triu"})
 INTEGERS: Mapping[str, Callable[[int, int], int]] = {

@@ -141,7 +141,7 @@ class Graph:
         Raises:
             UnsupportedOpError: one of them would have to be enlarged.
         """
-        shape = np.broadcast_shapes(x.shape, y.shape)
+        shape = _broadcast(name, x.shape, y.shape)
         if prod(shape) != prod(x.shape) or prod(shape) != prod(y.shape):
             raise unsupported(name, "Add", f"adds tensors of shapes {x.shape} and {y.shape}; only equal sizes are supported")
         layout = without_batch(shape)
@@ -164,7 +164,7 @@ class Graph:
             UnsupportedOpError: the constants would enlarge x.
         """
         arrays = [np.asarray(a) for a in (scale, shift)]
-        shape = np.broadcast_shapes(x.shape, *(a.shape for a in arrays))
+        shape = _broadcast(name, x.shape, *(a.shape for a in arrays))
         if prod(shape) != prod(x.shape):
             raise unsupported(name, "constant", f"a constant of shape {arrays[0].shape or arrays[1].shape} enlarges a tensor of "
                               f"shape {x.shape}; repeat the computation in the model instead")
@@ -264,6 +264,7 @@ class Graph:
         """Max pooling; rounding up is the same as padding below and on the right, since padding never wins."""
         if ceil_mode:
             padding = self._ceiled(name, x, kernel, stride, padding, dilation)
+        _check_padding(name, "MaxPool", padding, [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)])
         return self.spatial(name, "MaxPool", x, MaxPool2d(kernel, stride, padding, dilation))
 
     def avg_pool(self, name: str, x: Tensor, kernel: tuple[int, int], stride: tuple[int, int],
@@ -275,6 +276,7 @@ class Graph:
         """
         if ceil_mode and self._ceiled(name, x, kernel, stride, padding, (1, 1)) != padding:
             raise unsupported(name, "AveragePool", "ceil_mode adds partial windows; export with ceil_mode=False")
+        _check_padding(name, "AveragePool", padding, kernel)
         include = count_include_pad or not any(padding)
         return self.spatial(name, "AveragePool", x, AvgPool2d(kernel, stride, padding, include))
 
@@ -426,6 +428,13 @@ def _reaching(nodes: Sequence[Node], output: int) -> tuple[list[Node], int, dict
     return kept, place[output], place
 
 
+def _broadcast(name: str, *shapes: Shape) -> Shape:
+    try:
+        return np.broadcast_shapes(*shapes)
+    except ValueError:
+        raise ShapeError(f"node '{name}': shapes {', '.join(map(str, shapes))} do not fit together") from None
+
+
 def _bias(weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
     return np.zeros(weight.shape[0], weight.dtype) if bias is None else bias
 
@@ -433,6 +442,12 @@ def _bias(weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
 def _fitted(array: np.ndarray, rank: int) -> np.ndarray:
     """``array`` without leading axes of length one beyond ``rank``."""
     return array.reshape(array.shape[max(0, array.ndim - rank):])
+
+
+def _check_padding(name: str, kind: str, padding: tuple[int, int, int, int], spans: Sequence[int]) -> None:
+    """No window lies wholly in the padding."""
+    if any(padding[i] >= spans[i % 2] for i in range(4)):
+        raise unsupported(name, kind, f"padding {padding} must be smaller than the window {tuple(spans)}")
 
 
 def ceil_extra(size: int, before: int, after: int, span: int, stride: int) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnx.shape_inference
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
@@ -68,6 +69,8 @@ def _read(path: Path) -> ModelProto:
         model = onnx.load(path)
         if not model.graph.node and not model.opset_import:
             raise ValueError("no graph")
+        if model.functions:
+            model = onnx.inliner.inline_local_functions(model)
         if not all(o.type.tensor_type.HasField("shape") for o in model.graph.output):
             model = onnx.shape_inference.infer_shapes(model)
         onnx.checker.check_model(model)

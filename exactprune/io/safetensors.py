@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Mapping
 from math import prod
@@ -33,7 +34,22 @@ def load_safetensors(path: Path, arch: str | None, input_shape: tuple[int, ...] 
     if arch is None:
         raise LoadError("holds weights only, which does not say how its layers are connected; give the architecture "
                         "(--arch 784-100-10 for a ReLU network of Linear layers)")
-    return from_state_dict(state, arch, path.stem, input_shape)
+    return from_state_dict(in_order(state), arch, path.stem, input_shape)
+
+
+def in_order(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Layers by the number in their names (the file itself keeps no order: ``layer.10`` stands before ``layer.2``).
+
+    Raises:
+        LoadError: there are several layers and their names do not number them.
+    """
+    layers = {k.rpartition(".")[0] for k in state}
+    found = {name: re.fullmatch(r"(.*?)(\d+)(\D*)", name) for name in layers}
+    frames = {(m[1], m[3]) if m else None for m in found.values()}
+    if len(layers) > 1 and (len(frames) > 1 or None in frames):
+        raise LoadError(f"the order of its layers {sorted(layers)} is not known; load it in Python with arch= an example module")
+    rank = {name: int(m[2]) if m else 0 for name, m in found.items()}
+    return {k: state[k] for k in sorted(state, key=lambda k: rank[k.rpartition(".")[0]])}
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

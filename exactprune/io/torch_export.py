@@ -145,11 +145,11 @@ class _PartialMean(nn.Module):
 
     divisors: torch.Tensor
 
-    def __init__(self, op: AvgPool2d, shape: Shape, dtype: torch.dtype) -> None:
+    def __init__(self, op: AvgPool2d, shape: Shape) -> None:
         super().__init__()
         top, left, bottom, right = op.padding
         self.pads, self.kernel, self.stride = (left, right, top, bottom), op.kernel, op.stride
-        self.register_buffer("divisors", torch.from_numpy(op.divisors(shape)).to(dtype))
+        self.register_buffer("divisors", torch.from_numpy(op.divisors(shape)).float())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         padded = functional.pad(x, self.pads)
@@ -180,7 +180,7 @@ def _general_pool(node: Node, shape: Shape) -> nn.Module:
         top, left, bottom, right = op.padding
         return _Padded((left, right, top, bottom), float("-inf"), nn.MaxPool2d(op.kernel, op.stride, 0, op.dilation))
     assert isinstance(op, AvgPool2d)
-    return _PartialMean(op, shape, torch.get_default_dtype())
+    return _PartialMean(op, shape)
 
 
 def _layers(node: Node, shape: Shape) -> Iterator[nn.Module]:

@@ -204,6 +204,18 @@ class TestPickles:
         path = rewritten(saved(sequential(), tmp_path), lambda n, d: None if n.endswith("data/0") else d)
         refused(path, LoadError, "data/0")
 
+    def test_two_members_of_one_name(self, tmp_path: Path) -> None:
+        path = saved(sequential(), tmp_path)
+        with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning):
+            archive.writestr("m/data/0", b"\x00" * 48)
+        refused(path, LoadError, "two members")
+
+    @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+    def test_every_pickle_protocol_is_read(self, tmp_path: Path, protocol: int) -> None:
+        model = sequential()
+        torch.save(model, tmp_path / "m.pt", pickle_protocol=protocol)
+        assert io.load(tmp_path / "m.pt").sha256 == io.load(model).sha256
+
     def test_torchscript(self, tmp_path: Path) -> None:
         path = tmp_path / "m.pt"
         torch.jit.trace(sequential(), torch.zeros(1, 4)).save(str(path))
@@ -213,6 +225,12 @@ class TestPickles:
 class Doubling(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(x)
+
+
+def changed(layer: nn.Module, **settings: object) -> nn.Module:
+    """A layer with settings that its constructor would refuse."""
+    layer.__dict__.update(settings)
+    return layer
 
 
 class TestModels:
@@ -251,9 +269,18 @@ class TestModels:
     @pytest.mark.parametrize("layer", [
         nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), nn.MaxPool2d(2, return_indices=True),
         nn.AvgPool2d(2, divisor_override=3), nn.AdaptiveAvgPool2d(4), nn.AvgPool2d(3, 2, ceil_mode=True),
-        nn.ZeroPad2d(-1), nn.Flatten(0)])
+        nn.ZeroPad2d(-1), nn.Flatten(0), changed(nn.MaxPool2d(2), padding=2), changed(nn.AvgPool2d(2), padding=3),
+        changed(nn.MaxPool2d(2), stride=0)])
     def test_unknown_settings_are_named(self, tmp_path: Path, layer: nn.Module) -> None:
         refused(saved(nn.Sequential(layer), tmp_path), UnsupportedOpError, "'0'", input_shape=(1, 6, 6))
+
+    @pytest.mark.parametrize("layer", [
+        changed(nn.Conv2d(1, 1, 2), stride="wide"), changed(nn.Conv2d(1, 1, 2), stride=(1, 2, 3)), changed(nn.Flatten(), start_dim=None),
+        changed(nn.Conv2d(1, 1, 2), padding=(-1, 0)), changed(nn.Conv2d(1, 1, 2), groups=0), changed(nn.Conv2d(1, 1, 2), groups=7),
+        changed(nn.BatchNorm2d(1).eval(), eps="small"), changed(nn.ZeroPad2d(1), padding=(1, "a", 0, 0)),
+        changed(nn.Conv2d(1, 1, 2), dilation={1}), changed(nn.MaxPool2d(2), kernel_size=None), changed(nn.Conv2d(1, 1, 2), dilation=1 << 70)])
+    def test_settings_that_make_no_sense(self, tmp_path: Path, layer: nn.Module) -> None:
+        refused(saved(nn.Sequential(layer), tmp_path), (LoadError, UnsupportedOpError, ShapeError), input_shape=(1, 6, 6))
 
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
     @pytest.mark.parametrize("name", ["m.pt", "m.onnx", "m.pt2"])
@@ -320,6 +347,16 @@ class TestModels:
 
     def test_state_dict_that_does_not_fit_the_example(self, tmp_path: Path) -> None:
         refused(saved(sequential().state_dict(), tmp_path), LoadError, "does not fit", arch=nn.Sequential(nn.Linear(4, 2)))
+
+    def test_safetensors_keep_no_order_so_names_must(self, tmp_path: Path) -> None:
+        from safetensors.torch import save_file
+
+        model = nn.Sequential(*[m for i in range(12) for m in (nn.Linear(3, 3), nn.ReLU())][:-1]).eval()
+        save_file(model.state_dict(), tmp_path / "m.safetensors")
+        assert io.load(tmp_path / "m.safetensors", arch="-".join("3" * 13)).sha256 == io.load(model).sha256
+        named = {f"{k}.{f}": v for k, m in zip(("in", "out"), model[::2], strict=False) for f, v in m.state_dict().items()}
+        save_file(named, tmp_path / "n.safetensors")
+        refused(tmp_path / "n.safetensors", LoadError, "order", arch="3-3-3")
 
     def test_files_that_hold_something_else(self, tmp_path: Path) -> None:
         refused(saved([1, 2], tmp_path), LoadError, "not a model")

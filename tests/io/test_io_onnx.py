@@ -239,6 +239,25 @@ def test_an_inexact_reciprocal_is_noted(tmp_path: Path) -> None:
     assert exact.notes == ()
 
 
+def test_old_opsets_are_converted(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Gemm", ["x", "w", "b"], ["h"], broadcast=1), helper.make_node("Relu", ["h"], ["k"]),
+             helper.make_node("Dropout", ["k"], ["d"], is_test=1), helper.make_node("Add", ["d", "b"], ["y"], broadcast=1)]
+    network = io.load(written(tmp_path, nodes, [1, 4], [1, 3], {"w": numbers(4, 3), "b": numbers(3)}, 6))
+    x = numbers(5, 4, seed=2)
+    assert np.allclose(network.evaluate(x), np.maximum(x @ numbers(4, 3) + numbers(3), 0) + numbers(3), atol=1e-6)
+
+
+def test_local_functions_are_inlined(tmp_path: Path) -> None:
+    body = helper.make_function("own", "Twice", ["a"], ["b"], [helper.make_node("Relu", ["a"], ["h"]), helper.make_node("Add", ["h", "h"], ["b"])],
+                                [helper.make_opsetid("", 17)])
+    graph = helper.make_graph([helper.make_node("Twice", ["x"], ["y"], domain="own")], "g",
+                              [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3])],
+                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 3])])
+    model = helper.make_model(graph, functions=[body], ir_version=8, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("own", 1)])
+    onnx.save(model, tmp_path / "m.onnx")
+    agrees(tmp_path / "m.onnx", numbers(3, 3))
+
+
 def test_names_and_axes_are_kept_or_made_up() -> None:
     network = io.load(nn.Sequential(nn.Linear(2, 2)))
     assert network.interface == Interface()
