@@ -66,8 +66,8 @@ def check_report(summary: Mapping[str, Any]) -> list[Any]:
     if summary["error"]:
         return [f"REJECTED as a whole: {summary['error']}"]
     verdict = "ACCEPTED" if summary["accepted"] else f"REJECTED: {len(summary['rejected']):,} verdicts"
-    words = f"{verdict}. {count:,} verdicts hold, checked in {summary['seconds']:.2f} s."
-    return [check_table(summary), "", *lines, words]
+    words = f"{verdict}. {count:,} claims of the certificate hold, checked in {summary['seconds']:.2f} s."
+    return [f"Network: {summary['source']}", "", check_table(summary), "", *lines, words]
 
 
 def _check_paths(model: Path, run: Path) -> None:

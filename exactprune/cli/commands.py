@@ -27,7 +27,7 @@ def run_verify(model: Path, flags: DomainFlags, options: VerifyOptions, source: 
     """``exactprune verify``."""
     network, domain, data, folder = _prepare(model, flags, source, output)
     result = _verify(network, domain, data, options, folder, output)
-    summary = _write_run(result, folder, model, source)
+    summary = _write_run(result, folder, model)
     from exactprune.report.tables import verify_report
 
     _show(summary, verify_report(summary, str(folder)), output)
@@ -48,7 +48,7 @@ def run_compress(model: Path, out: Path, change: CompressFlags, flags: DomainFla
         smaller = compress(result, options=wanted, data=data, progress=shown)
     from exactprune.report.compression import compress_report, write_compression
 
-    summary = write_compression(smaller, folder, _write_run(result, folder, model, source), model, out)
+    summary = write_compression(smaller, folder, _write_run(result, folder, model), model, out)
     _show(summary, compress_report(summary, str(folder)), output)
     return 0
 
@@ -133,11 +133,10 @@ def _checkpoint(folder: Path, output: OutputFlags) -> Path:
     return path
 
 
-def _write_run(result: Any, folder: Path, model: Path, source: ModelFlags) -> dict[str, Any]:
-    from exactprune.report.record import READ_BY_CHECKER, write_run
+def _write_run(result: Any, folder: Path, model: Path) -> dict[str, Any]:
+    from exactprune.report.record import write_run
 
-    readable = model.suffix in READ_BY_CHECKER and source.arch is None
-    summary = write_run(result, folder, model=model, keep_network=not readable)
+    summary = write_run(result, folder, model=model)
     (folder / CHECKPOINT).unlink(missing_ok=True)
     return summary
 

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 SCHEMA = "exactprune-run/1"
 CERTIFICATES = "certificates.jsonl.gz"
-READ_BY_CHECKER = (".pt", ".pth", ".onnx")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +74,7 @@ def write_run(verification: Verification, folder: str | Path, *, model: str | Pa
     folder = Path(folder)
     model = None if model is None else Path(model)
     if keep_network is None:
-        keep_network = model is None or model.suffix not in READ_BY_CHECKER
+        keep_network = model is None or not checker_reads(model, verification.network)
     certificate = certificate_bytes(verification.records)
     summary = summarise(verification, model, len(certificate))
     files = {"neurons.csv": neurons_csv(verification.layers).encode(), "domain.npz": domain_bytes(verification.domain),
@@ -174,6 +173,16 @@ def domain_bytes(domain: Box) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, lower=domain.lower, upper=domain.upper)
     return buffer.getvalue()
+
+
+def checker_reads(model: Path, network: Network) -> bool:
+    """Whether the checker's own reader makes the same network of the file; else it needs network.npz."""
+    from exactprune.checker import CheckError, read_network
+
+    try:
+        return read_network(model, network.input_shape).sha256 == network.sha256
+    except CheckError:
+        return False
 
 
 def file_sha256(path: Path) -> str:

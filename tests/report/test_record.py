@@ -12,7 +12,7 @@ import pytest
 
 from exactprune.claim import Status
 from exactprune.errors import CertificateError
-from exactprune.io import load
+from exactprune.io import load, save
 from exactprune.report.neurons import COLUMNS, neurons_csv, place, read_neurons
 from exactprune.report.record import certificate_bytes, read_run, write_run
 from exactprune.report.strict import jsonable, pretty
@@ -99,8 +99,8 @@ def test_certificate_has_no_time_and_one_record_a_line(verification):
 
 
 def test_network_npz_only_where_the_checker_cannot_read_the_model(verification, tmp_path):
-    model = tmp_path / "m.pt"
-    model.write_bytes(b"x")
+    model = tmp_path / "m.onnx"
+    save(verification.network, model)
     write_run(verification, tmp_path / "run", model=model)
     assert not (tmp_path / "run" / "network.npz").exists()
     write_run(verification, tmp_path / "run", model=model, keep_network=True)
