@@ -93,7 +93,8 @@ def _load_file(path: Path, shape: tuple[int, ...] | None, arch: str | torch.nn.M
 def save(network: Network, path: str | os.PathLike[str]) -> None:
     """Write ``network``, atomically, in the format that the name's ending says.
 
-    ``.onnx`` (opset 17), ``.pt`` (an ``nn.Sequential``), ``.pt2`` (a torch.export program) or ``.npz`` (the canonical form).
+    ``.onnx`` (opset 17), ``.pt`` (an ``nn.Sequential``), ``.pt2`` (a torch.export program) or ``.npz`` (the canonical
+    form).
 
     Raises:
         OptionError: the ending is another, or the place cannot be written.

@@ -1,13 +1,14 @@
 """Reading what ``torch.save`` wrote, without torch and without running anything from the file.
 
-The format (PyTorch >= 1.6) is a zip archive with *stored* members: ``<root>/data.pkl``, a pickle of the object in which
-every storage is a persistent id ``("storage", type, key, device, count)``, and ``<root>/data/<key>``, the storages' bytes.
+The format (PyTorch >= 1.6) is a zip archive with *stored* members: ``<root>/data.pkl``, a pickle of the object in
+which every storage is a persistent id ``("storage", type, key, device, count)``, and ``<root>/data/<key>``, the
+storages' bytes.
 
-Safety (what ``torch.load(weights_only=True)`` does, and then less): the pickle machine gets only inert stand-ins. A class
-of ``torch.nn.modules`` becomes a ``Module`` record, which cannot be called and just keeps its state; the few rebuild
-functions of ``torch._utils`` make ``numpy`` views after checking sizes and strides; every other global is refused by
-name. Sizes are checked before memory is taken: members must be stored, not deflated, and lie inside the file; a tensor
-must lie inside its storage and may not repeat it by a zero stride.
+Safety (what ``torch.load(weights_only=True)`` does, and then less): the pickle machine gets only inert stand-ins. A
+class of ``torch.nn.modules`` becomes a ``Module`` record, which cannot be called and just keeps its state; the few
+rebuild functions of ``torch._utils`` make ``numpy`` views after checking sizes and strides; every other global is
+refused by name. Sizes are checked before memory is taken: members must be stored, not deflated, and lie inside the
+file; a tensor must lie inside its storage and may not repeat it by a zero stride.
 """
 
 from __future__ import annotations
@@ -42,11 +43,13 @@ class Module:
     path = ""
 
     def __new__(cls, *arguments: object) -> Module:
+        """An empty record; arguments are refused."""
         if arguments:
             raise LoadError(f"the file makes a {cls.path} from arguments, which torch.save never writes; {REMEDY}")
         return object.__new__(cls)
 
     def __setstate__(self, state: object) -> None:
+        """Keep the attributes, unread."""
         if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
             raise LoadError(f"the file gives a {self.path} a state that is not a plain dictionary; {REMEDY}")
         self.state: dict[str, object] = state
@@ -87,7 +90,9 @@ def open_zip(path: Path | BinaryIO) -> zipfile.ZipFile:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError) as error:
-        raise LoadError(f"is not a complete torch archive ({error}); download or save it again, with torch >= 1.6") from None
+        raise LoadError(
+            f"is not a complete torch archive ({error}); download or save it again, with torch >= 1.6"
+        ) from None
     if any(n.endswith("/constants.pkl") for n in archive.namelist()):
         archive.close()
         raise LoadError(f"is a TorchScript archive, which holds code; {REMEDY}")
@@ -187,7 +192,9 @@ class _Unpickler(pickle.Unpickler):
         if module_name.startswith("torch.nn.modules.") and global_name.isidentifier():
             return self._classes.setdefault(path, type(global_name, (Module,), {"path": path}))
         if "prune" in module_name:
-            raise LoadError(f"has pruning hooks ({path}); call torch.nn.utils.prune.remove on every layer, then save again")
+            raise LoadError(
+                f"has pruning hooks ({path}); call torch.nn.utils.prune.remove on every layer, then save again"
+            )
         raise LoadError(f"its pickle refers to {path}, which is not a torch.nn layer; nothing was run; {REMEDY}")
 
     def persistent_load(self, pid: object, /) -> _Storage:
@@ -197,7 +204,11 @@ class _Unpickler(pickle.Unpickler):
         if key not in self._storages:
             self._storages[key] = _Storage(member(self._archive, f"{self._root}data/{key}"), _dtype(dtype))
         storage = self._storages[key]
-        if not isinstance(count, int) or count * storage.dtype.itemsize != len(storage.data) or storage.dtype != _dtype(dtype):
+        if (
+            not isinstance(count, int)
+            or count * storage.dtype.itemsize != len(storage.data)
+            or storage.dtype != _dtype(dtype)
+        ):
             raise LoadError(f"storage {key} should hold {count} values of {dtype} but has {len(storage.data)} bytes; "
                             "download or save it again")
         if self._swap:
@@ -265,6 +276,10 @@ def _parameter(data: object, *_: object) -> np.ndarray:
 
 def tensors(value: object) -> Mapping[str, np.ndarray] | None:
     """``value`` as a state_dict (name -> array), or None where it is none."""
-    if isinstance(value, dict) and value and all(isinstance(k, str) and isinstance(a, np.ndarray) for k, a in value.items()):
+    if (
+        isinstance(value, dict)
+        and value
+        and all(isinstance(k, str) and isinstance(a, np.ndarray) for k, a in value.items())
+    ):
         return value
     return None

@@ -1,8 +1,8 @@
 """The ATen operators of a ``torch.export`` program, read at batch one.
 
-``Call`` is one operator call with its arguments by name (https://docs.pytorch.org/docs/stable/torch.compiler_ir.html); a
-value is a ``Tensor`` of the graph under construction, a constant (numpy), a number, or None. Calls on constants alone are
-evaluated by PyTorch itself, for the operators of a short list only.
+``Call`` is one operator call with its arguments by name (https://docs.pytorch.org/docs/stable/torch.compiler_ir.html);
+a value is a ``Tensor`` of the graph under construction, a constant (numpy), a number, or None. Calls on constants
+alone are evaluated by PyTorch itself, for the operators of a short list only.
 """
 
 from __future__ import annotations
@@ -17,11 +17,60 @@ from exactprune.errors import LoadError, ShapeError, UnsupportedOpError
 from exactprune.io.graph import Graph, Tensor, unsupported
 from exactprune.ops import Conv2d
 
-FOLDABLE = frozenset({
-    "abs", "add", "alias", "arange", "cat", "clone", "contiguous", "detach", "detach_", "div", "expand", "eye", "flatten", "full",
-    "lift_fresh_copy", "linalg_vector_norm", "matmul", "mean", "mul", "neg", "norm", "numpy_T", "ones", "ones_like", "permute", "pow", "reciprocal",
-    "reshape", "rsqrt", "rsub", "select", "slice", "sqrt", "squeeze", "stack", "sub", "sum", "t", "to", "_to_copy",
-    "transpose", "unsqueeze", "view", "zeros", "zeros_like", "_weight_norm", "_weight_norm_interface", "mm", "tril", "triu"})
+FOLDABLE = frozenset(
+    {
+        "abs",
+        "add",
+        "alias",
+        "arange",
+        "cat",
+        "clone",
+        "contiguous",
+        "detach",
+        "detach_",
+        "div",
+        "expand",
+        "eye",
+        "flatten",
+        "full",
+        "lift_fresh_copy",
+        "linalg_vector_norm",
+        "matmul",
+        "mean",
+        "mul",
+        "neg",
+        "norm",
+        "numpy_T",
+        "ones",
+        "ones_like",
+        "permute",
+        "pow",
+        "reciprocal",
+        "reshape",
+        "rsqrt",
+        "rsub",
+        "select",
+        "slice",
+        "sqrt",
+        "squeeze",
+        "stack",
+        "sub",
+        "sum",
+        "t",
+        "to",
+        "_to_copy",
+        "transpose",
+        "unsqueeze",
+        "view",
+        "zeros",
+        "zeros_like",
+        "_weight_norm",
+        "_weight_norm_interface",
+        "mm",
+        "tril",
+        "triu",
+    }
+)
 INTEGERS: Mapping[str, Callable[[int, int], int]] = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "floordiv": lambda a, b: a // b,
     "mod": lambda a, b: a % b}
@@ -105,7 +154,12 @@ def evaluate(graph: Graph, call: Call) -> object:
         UnsupportedOpError: the operator, or a setting of it, is not supported.
     """
     values = [v for a in call.arguments.values() for v in (a if isinstance(a, list | tuple) else (a,))]
-    if call.operator in ("_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range_for_size", "sym_constrain_range"):
+    if call.operator in (
+        "_assert_scalar",
+        "_assert_tensor_metadata",
+        "sym_constrain_range_for_size",
+        "sym_constrain_range",
+    ):
         return None
     if call.target.startswith("_operator."):
         return _integer(call, values)
@@ -135,11 +189,17 @@ def _folded(call: Call) -> np.ndarray:
         raise unsupported(call.name, call.operator)
     sizes = call.arguments.get("size")
     if isinstance(sizes, list | tuple) and prod(int(n) for n in sizes) > MAX_CONSTANT:
-        raise ShapeError(f"node '{call.name}' ({call.operator}): makes a constant of shape {list(sizes)}, which is too large")
+        raise ShapeError(
+            f"node '{call.name}' ({call.operator}): makes a constant of shape {list(sizes)}, which is too large"
+        )
     overload = call.target.split(".")[4]
     function = getattr(getattr(torch.ops.aten, call.operator), overload)
     skip = ("device", "pin_memory", "layout", "memory_format")
-    given = {k: getattr(torch, str(v)) if k == "dtype" else _to_torch(v) for k, v in call.arguments.items() if k not in skip and v is not None}
+    given = {
+        k: getattr(torch, str(v)) if k == "dtype" else _to_torch(v)
+        for k, v in call.arguments.items()
+        if k not in skip and v is not None
+    }
     names = [a.name for a in function._schema.arguments]
     positional = []
     for name in names:
@@ -150,7 +210,9 @@ def _folded(call: Call) -> np.ndarray:
         with torch.no_grad():
             result = function(*positional, **given)
     except Exception as error:
-        raise LoadError(f"node '{call.name}' ({call.operator}): cannot be evaluated ({' '.join(str(error).split())[:160]})") from None
+        raise LoadError(
+            f"node '{call.name}' ({call.operator}): cannot be evaluated ({' '.join(str(error).split())[:160]})"
+        ) from None
     return (result[0] if isinstance(result, tuple) else result).numpy()
 
 
@@ -185,7 +247,11 @@ def _product(graph: Graph, call: Call, left: object, right: object, bias: np.nda
         raise call.refuse(f"a stack of matrices of shape {weight.shape} is not supported")
     if weight.ndim == 1:
         matrix = weight.reshape(1, -1)
-        y = graph.linear(call.name, data, matrix, bias) if data is left else graph.left_product(call.name, data, matrix, bias)
+        y = (
+            graph.linear(call.name, data, matrix, bias)
+            if data is left
+            else graph.left_product(call.name, data, matrix, bias)
+        )
         return Tensor(y.position, y.shape[:-1] if data is left else (*y.shape[:-2], *y.shape[-1:]))
     if data is left:
         return graph.linear(call.name, data, weight.T, bias)
@@ -335,8 +401,10 @@ def _conv_padding(call: Call, kernel: Sequence[int], dilation: Sequence[int], ra
 def _batch_norm(graph: Graph, call: Call) -> Tensor:
     mean, var = call.optional(graph, "running_mean"), call.optional(graph, "running_var")
     if call.flag("training") or mean is None or var is None:
-        raise call.refuse("is in training mode, or keeps no running statistics, so its output depends on the batch; call "
-                          "model.eval() first")
+        raise call.refuse(
+            "is in training mode, or keeps no running statistics, so its output depends on the batch; call "
+            "model.eval() first"
+        )
     gamma, beta = call.optional(graph, "weight"), call.optional(graph, "bias")
     return graph.batch_norm(call.name, call.tensor("input"), gamma, beta, mean, var, call.number("eps", 1e-5))
 
@@ -351,7 +419,9 @@ def _max_pool(graph: Graph, call: Call) -> Tensor:
     given = call.ints("stride", ()) or call.ints("kernel_size")
     stride = (1, given[-1]) if rank == 1 else (given[0], given[-1])
     padding, dilation = _pair(call, "padding", (0,), rank), _pair(call, "dilation", (1,), rank)
-    return graph.max_pool(call.name, call.tensor("self"), kernel, stride, (*padding, *padding), dilation, call.flag("ceil_mode"))
+    return graph.max_pool(
+        call.name, call.tensor("self"), kernel, stride, (*padding, *padding), dilation, call.flag("ceil_mode")
+    )
 
 
 def _avg_pool(graph: Graph, call: Call) -> Tensor:
@@ -454,18 +524,63 @@ def _cat(graph: Graph, call: Call) -> Tensor:
 
 
 _READERS: dict[str, Callable[[Graph, Call], Tensor]] = {
-    "linear": _linear, "matmul": _matmul, "mm": _matmul, "addmm": _addmm, "add": _add, "add_": _add, "sub": _sub, "sub_": _sub,
-    "rsub": _rsub, "mul": _mul, "mul_": _mul, "div": _div, "div_": _div, "neg": _neg, "relu": _relu, "relu_": _relu,
-    "clamp": _clamp, "clamp_": _clamp, "clamp_min": _clamp, "clamp_min_": _clamp, "threshold": _threshold,
-    "conv1d": _conv, "conv2d": _conv, "convolution": _conv,
-    "batch_norm": _batch_norm, "_native_batch_norm_legit_no_training": _batch_norm,
-    "max_pool1d": _max_pool, "max_pool2d": _max_pool, "max_pool2d_with_indices": _max_pool,
-    "avg_pool1d": _avg_pool, "avg_pool2d": _avg_pool, "adaptive_avg_pool1d": _adaptive, "adaptive_avg_pool2d": _adaptive,
-    "_adaptive_avg_pool2d": _adaptive, "mean": _mean, "sum": _sum_axes,
-    "flatten": _flatten, "view": _view, "reshape": _view, "_unsafe_view": _view, "unflatten": _unflatten,
-    "squeeze": _squeeze, "unsqueeze": _unsqueeze, "permute": _permute, "transpose": _swap, "t": _swap, "numpy_T": _swap,
-    "pad": _pad, "constant_pad_nd": _pad, "cat": _cat,
-    "to": _cast, "_to_copy": _cast, "dropout": _dropout, "feature_dropout": _dropout, "alpha_dropout": _dropout,
-    "feature_alpha_dropout": _dropout, "native_dropout": _dropout, "dropout_": _dropout,
+    "linear": _linear,
+    "matmul": _matmul,
+    "mm": _matmul,
+    "addmm": _addmm,
+    "add": _add,
+    "add_": _add,
+    "sub": _sub,
+    "sub_": _sub,
+    "rsub": _rsub,
+    "mul": _mul,
+    "mul_": _mul,
+    "div": _div,
+    "div_": _div,
+    "neg": _neg,
+    "relu": _relu,
+    "relu_": _relu,
+    "clamp": _clamp,
+    "clamp_": _clamp,
+    "clamp_min": _clamp,
+    "clamp_min_": _clamp,
+    "threshold": _threshold,
+    "conv1d": _conv,
+    "conv2d": _conv,
+    "convolution": _conv,
+    "batch_norm": _batch_norm,
+    "_native_batch_norm_legit_no_training": _batch_norm,
+    "max_pool1d": _max_pool,
+    "max_pool2d": _max_pool,
+    "max_pool2d_with_indices": _max_pool,
+    "avg_pool1d": _avg_pool,
+    "avg_pool2d": _avg_pool,
+    "adaptive_avg_pool1d": _adaptive,
+    "adaptive_avg_pool2d": _adaptive,
+    "_adaptive_avg_pool2d": _adaptive,
+    "mean": _mean,
+    "sum": _sum_axes,
+    "flatten": _flatten,
+    "view": _view,
+    "reshape": _view,
+    "_unsafe_view": _view,
+    "unflatten": _unflatten,
+    "squeeze": _squeeze,
+    "unsqueeze": _unsqueeze,
+    "permute": _permute,
+    "transpose": _swap,
+    "t": _swap,
+    "numpy_T": _swap,
+    "pad": _pad,
+    "constant_pad_nd": _pad,
+    "cat": _cat,
+    "to": _cast,
+    "_to_copy": _cast,
+    "dropout": _dropout,
+    "feature_dropout": _dropout,
+    "alpha_dropout": _dropout,
+    "feature_alpha_dropout": _dropout,
+    "native_dropout": _dropout,
+    "dropout_": _dropout,
     **dict.fromkeys(("clone", "contiguous", "detach", "detach_", "alias", "lift_fresh_copy"), _identity),
 }

@@ -28,7 +28,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
     except OSError as error:
-        raise OptionError(f"{target}: cannot write there ({error.strerror}); choose an existing, writable folder") from None
+        raise OptionError(
+            f"{target}: cannot write there ({error.strerror}); choose an existing, writable folder"
+        ) from None
     os.close(handle)
     temporary = Path(name)
     try:

@@ -44,12 +44,14 @@ class BatchNorm(Op):
     rank: int
 
     def output_shape(self, *shapes: Shape) -> Shape:
+        """The input's shape, whose first axis must be the channels."""
         sizes = {a.shape for _, a in self.arrays()}
         if not shapes[0] or sizes != {shapes[0][:1]}:
             raise ShapeError(f"BatchNorm: statistics of shapes {sorted(sizes)} do not fit {shapes[0][:1]} channels")
         return shapes[0]
 
     def evaluate(self, *inputs: np.ndarray) -> np.ndarray:
+        """Never used: ``fold`` comes first."""
         raise UnsupportedOpError("a batch norm is folded before a network is evaluated")
 
     def coefficients(self, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -166,8 +168,13 @@ class _Folder:
         return Scale(self._rounded(s).reshape(shape), self._rounded(shift).reshape(shape))
 
     def _notes(self) -> tuple[str, ...]:
-        words = (("batch norm folded in float64, then rounded to the network's dtype: ", self.into),
-                 ("batch norm turned into a per-channel scale in float64, then rounded to the network's dtype: ", self.alone))
+        words = (
+            ("batch norm folded in float64, then rounded to the network's dtype: ", self.into),
+            (
+                "batch norm turned into a per-channel scale in float64, then rounded to the network's dtype: ",
+                self.alone,
+            ),
+        )
         return tuple(start + ", ".join(found) for start, found in words if found)
 
 
@@ -190,7 +197,11 @@ def _check_norm(name: str, norm: BatchNorm) -> None:
     for field, array in norm.arrays():
         bad = array.size - int(np.isfinite(array).sum())
         if bad:
-            raise WeightError(f"node '{name}' (batch norm): {bad} of {array.size} values of {field} are NaN or infinite; "
-                              "repair or retrain the model")
+            raise WeightError(
+                f"node '{name}' (batch norm): {bad} of {array.size} values of {field} are NaN or infinite; "
+                "repair or retrain the model"
+            )
     if not (np.isfinite(norm.eps) and np.all(norm.var.astype(np.float64) + norm.eps > 0)):
-        raise WeightError(f"node '{name}' (batch norm): var + eps is not positive everywhere; repair or retrain the model")
+        raise WeightError(
+            f"node '{name}' (batch norm): var + eps is not positive everywhere; repair or retrain the model"
+        )

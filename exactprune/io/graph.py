@@ -1,10 +1,10 @@
 """What all loaders share: a graph under construction, in which every tensor knows its full shape.
 
-A loader reads its file with a batch of one. A tensor is then a list of numbers in C order plus a *full* shape, the shape
-that the file gives it (batch axis included). A network's node has a shape of its own (without batch axis, flat behind an
-``Affine``); where an operator needs another layout of the same numbers, a ``Reshape`` goes in between, and
-``network.build`` drops those that change nothing. So a batch axis that is moved, merged, missing or kept as a leading 1
-needs no special case: at batch one all of these are layouts of the same numbers.
+A loader reads its file with a batch of one. A tensor is then a list of numbers in C order plus a *full* shape, the
+shape that the file gives it (batch axis included). A network's node has a shape of its own (without batch axis, flat
+behind an ``Affine``); where an operator needs another layout of the same numbers, a ``Reshape`` goes in between, and
+``network.build`` drops those that change nothing. So a batch axis that is moved, merged, missing or kept as a leading
+1 needs no special case: at batch one all of these are layouts of the same numbers.
 """
 
 from __future__ import annotations
@@ -20,8 +20,23 @@ from exactprune.io.batchnorm import BatchNorm, fold
 from exactprune.network import INPUT, Interface, Network, Node, build
 from exactprune.ops import Add, Affine, AvgPool2d, Conv2d, MaxPool2d, Op, Pad, ReLU, Reshape, Scale, Shape, Transpose
 
-SOFT_HEADS = frozenset({"Softmax", "LogSoftmax", "Sigmoid", "Tanh", "softmax", "log_softmax", "_softmax", "_log_softmax",
-                        "sigmoid", "tanh", "Softmax2d", "Softmin", "LogSigmoid"})
+SOFT_HEADS = frozenset(
+    {
+        "Softmax",
+        "LogSoftmax",
+        "Sigmoid",
+        "Tanh",
+        "softmax",
+        "log_softmax",
+        "_softmax",
+        "_log_softmax",
+        "sigmoid",
+        "tanh",
+        "Softmax2d",
+        "Softmin",
+        "LogSigmoid",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,9 @@ class Graph:
         self._shapes: list[Shape] = []
         self._open_bias: set[int] = set()
         if len(self.input.shape) > 1 and self.input.shape[0] != 1:
-            self.note(f"the first axis of the input has {self.input.shape[0]} entries, so it is part of the input, not a batch axis")
+            self.note(
+                f"the first axis of the input has {self.input.shape[0]} entries: part of the input, not a batch axis"
+            )
         self._dtypes: set[np.dtype] = {np.dtype(np.float64)} if double else set()
 
     # -- numbers -----------------------------------------------------------------------------------------------
@@ -89,7 +106,9 @@ class Graph:
             self._dtypes.add(array.dtype.newbyteorder("="))
             return array
         if array.dtype.name not in ("float16", "bfloat16"):
-            raise WeightError(f"node '{name}': a weight has dtype {array.dtype}; convert the model to float32 or float64")
+            raise WeightError(
+                f"node '{name}': a weight has dtype {array.dtype}; convert the model to float32 or float64"
+            )
         self.note(f"{array.dtype.name} weights were converted to float32, exactly")
         self._dtypes.add(np.dtype(np.float32))
         return array.astype(np.float32)
@@ -143,7 +162,9 @@ class Graph:
         """
         shape = _broadcast(name, x.shape, y.shape)
         if prod(shape) != prod(x.shape) or prod(shape) != prod(y.shape):
-            raise unsupported(name, "Add", f"adds tensors of shapes {x.shape} and {y.shape}; only equal sizes are supported")
+            raise unsupported(
+                name, "Add", f"adds tensors of shapes {x.shape} and {y.shape}; only equal sizes are supported"
+            )
         layout = without_batch(shape)
         return Tensor(self.emit(name, Add(), self.laid(name, x, layout), self.laid(name, y, layout)), shape)
 
@@ -166,8 +187,12 @@ class Graph:
         arrays = [np.asarray(a) for a in (scale, shift)]
         shape = _broadcast(name, x.shape, *(a.shape for a in arrays))
         if prod(shape) != prod(x.shape):
-            raise unsupported(name, "constant", f"a constant of shape {arrays[0].shape or arrays[1].shape} enlarges a tensor of "
-                              f"shape {x.shape}; repeat the computation in the model instead")
+            raise unsupported(
+                name,
+                "constant",
+                f"a constant of shape {arrays[0].shape or arrays[1].shape} enlarges a tensor of "
+                f"shape {x.shape}; repeat the computation in the model instead",
+            )
         layout = without_batch(shape)
         fitted = [_fitted(a, len(layout)) for a in arrays]
         return Tensor(self.emit(name, Scale(*fitted), self.laid(name, x, layout)), shape)
@@ -230,8 +255,10 @@ class Graph:
             ShapeError: x is not one image or one signal.
         """
         if len(x.shape) not in (3, 4) or x.shape[0] != 1:
-            raise ShapeError(f"node '{name}' ({kind}): takes (batch, channels, height, width), was given shape {x.shape}; a "
-                             "fixed batch other than 1 is not supported, export with a batch of 1 or a dynamic batch axis")
+            raise ShapeError(
+                f"node '{name}' ({kind}): takes (batch, channels, height, width), was given shape {x.shape}; a "
+                "fixed batch other than 1 is not supported, export with a batch of 1 or a dynamic batch axis"
+            )
         shape = x.shape[1:] if len(x.shape) == 4 else (x.shape[1], 1, x.shape[2])
         return self.laid(name, x, shape)
 
@@ -283,7 +310,10 @@ class Graph:
     def _ceiled(self, name: str, x: Tensor, kernel: tuple[int, int], stride: tuple[int, int],
                 padding: tuple[int, int, int, int], dilation: tuple[int, int]) -> tuple[int, int, int, int]:
         _, *size = self._shape(self.image(name, "pool", x))
-        extra = [ceil_extra(size[i], padding[i] , padding[i + 2], (kernel[i] - 1) * dilation[i] + 1, stride[i]) for i in (0, 1)]
+        extra = [
+            ceil_extra(size[i], padding[i], padding[i + 2], (kernel[i] - 1) * dilation[i] + 1, stride[i])
+            for i in (0, 1)
+        ]
         return (padding[0], padding[1], padding[2] + extra[0], padding[3] + extra[1])
 
     def adaptive_avg_pool(self, name: str, x: Tensor, size: Sequence[int | None]) -> Tensor:
@@ -328,8 +358,10 @@ class Graph:
             raise ShapeError(f"node '{name}': cannot lay {x.shape} out as {tuple(shape)}")
         shape = tuple(prod(x.shape) // rest if n == -1 else n for n in shape)
         if prod(shape) != prod(x.shape):
-            raise ShapeError(f"node '{name}': cannot lay {x.shape} out as {shape}; a shape that depends on the batch size "
-                             "is not supported")
+            raise ShapeError(
+                f"node '{name}': cannot lay {x.shape} out as {shape}; a shape that depends on the batch size "
+                "is not supported"
+            )
         layout = without_batch(shape)
         return Tensor(self.emit(name, Reshape(layout), x.position), shape)
 
@@ -342,7 +374,9 @@ class Graph:
     def squeeze(self, name: str, x: Tensor, axes: Sequence[int] | None) -> Tensor:
         """Drop axes of length one (all of them where ``axes`` is None, but not a dynamic batch axis)."""
         rank = len(x.shape)
-        drop = {i for i in range(int(self.dynamic), rank) if x.shape[i] == 1} if axes is None else {a % rank for a in axes}
+        drop = (
+            {i for i in range(int(self.dynamic), rank) if x.shape[i] == 1} if axes is None else {a % rank for a in axes}
+        )
         if any(x.shape[i] != 1 for i in drop):
             raise ShapeError(f"node '{name}': cannot squeeze axes {sorted(drop)} of {x.shape}")
         return self.reshape(name, x, [n for i, n in enumerate(x.shape) if i not in drop])
@@ -380,8 +414,12 @@ class Graph:
             UnsupportedOpError: it crops, pads the batch axis, or pads with something not finite.
         """
         if any(min(p) < 0 for p in pads) or (x.layout != x.shape and any(pads[0])) or not np.isfinite(value):
-            raise unsupported(name, "Pad", f"pads {list(pads)} with {value}: only padding by >= 0 of non-batch axes with a "
-                              "finite number is supported")
+            raise unsupported(
+                name,
+                "Pad",
+                f"pads {list(pads)} with {value}: only padding by >= 0 of non-batch axes with a "
+                "finite number is supported",
+            )
         shape = tuple(n + before + after for n, (before, after) in zip(x.shape, pads, strict=True))
         inner = tuple(pads)[len(x.shape) - len(x.layout):]
         return Tensor(self.emit(name, Pad(inner, float(value)), self.laid(name, x, x.layout)), shape)

@@ -1,7 +1,7 @@
 """Any ``torch.nn.Module`` in Python, through ``torch.export`` (https://docs.pytorch.org/docs/stable/export.html).
 
-The module is traced at batch one, serialised in memory and read by the ``.pt2`` reader, so a module and its ``.pt2`` file
-give the same network.
+The module is traced at batch one, serialised in memory and read by the ``.pt2`` reader, so a module and its ``.pt2``
+file give the same network.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ def load_module(module: object, *, input_shape: tuple[int, ...] | None = None, n
 def _check_mode(module: nn.Module) -> None:
     for name, layer in module.named_modules():
         if isinstance(layer, nn.modules.batchnorm._NormBase) and (layer.training or layer.running_mean is None):
-            raise UnsupportedOpError(f"layer '{name}' ({type(layer).__name__}): is in training mode, or keeps no running "
-                                     "statistics, so its output depends on the batch; call model.eval() first")
+            raise UnsupportedOpError(
+                f"layer '{name}' ({type(layer).__name__}): is in training mode, or keeps no running "
+                "statistics, so its output depends on the batch; call model.eval() first"
+            )
 
 
 def _first_shape(leaves: list[nn.Module]) -> tuple[int, ...]:
@@ -73,8 +75,10 @@ def _exported(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> 
             torch.export.save(torch.export.export(module, (torch.zeros(1, *shape, dtype=dtype),)), buffer)
     except Exception as error:
         words = " ".join(str(error).split())[:200]
-        raise UnsupportedOpError(f"{type(module).__name__}: torch.export cannot trace it with input (1, {', '.join(map(str, shape))}) "
-                                 f"({type(error).__name__}: {words})") from None
+        raise UnsupportedOpError(
+            f"{type(module).__name__}: torch.export cannot trace it with input (1, {', '.join(map(str, shape))}) "
+            f"({type(error).__name__}: {words})"
+        ) from None
     buffer.seek(0)
     return buffer
 

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,8 +30,12 @@ def save_npz(network: Network, path: str | os.PathLike[str]) -> None:
         OptionError: the place cannot be written.
     """
     arrays = {f"node{i}.{name}": array for i, node in enumerate(network.nodes) for name, array in node.op.arrays()}
-    graph = network.describe() | {"name": network.name, "notes": list(network.notes), "names": [n.name for n in network.nodes],
-                                  "interface": asdict(network.interface)}
+    graph = network.describe() | {
+        "name": network.name,
+        "notes": list(network.notes),
+        "names": [n.name for n in network.nodes],
+        "interface": asdict(network.interface),
+    }
     buffer = io.BytesIO()
     np.savez(buffer, graph=np.array(json.dumps(graph, sort_keys=True)), **arrays)  # type: ignore[arg-type]
     atomic.write_bytes(path, buffer.getvalue())
@@ -68,8 +73,14 @@ def _network(graph: Mapping[str, object], arrays: Mapping[str, np.ndarray], stem
     names = graph.get("names") or [f"node{i}" for i in range(len(items))]
     nodes = [Node(str(name), _op(item, i, arrays), tuple(int(j) for j in item["inputs"]))
              for i, (item, name) in enumerate(zip(items, names, strict=True))]  # type: ignore[call-overload]
-    return Network(tuple(nodes), tuple(int(n) for n in shape), np.dtype(str(graph["dtype"])), str(graph.get("name", stem)),
-                   tuple(graph.get("notes", ())), Interface(**_tuples_in(graph.get("interface", {}))))  # type: ignore[arg-type]
+    return Network(
+        tuple(nodes),
+        tuple(int(n) for n in shape),
+        np.dtype(str(graph["dtype"])),
+        str(graph.get("name", stem)),
+        tuple(graph.get("notes", ())),
+        Interface(**_tuples_in(graph.get("interface", {}))),
+    )  # type: ignore[arg-type]
 
 
 def _op(item: Mapping[str, object], index: int, arrays: Mapping[str, np.ndarray]) -> Op:
@@ -79,7 +90,7 @@ def _op(item: Mapping[str, object], index: int, arrays: Mapping[str, np.ndarray]
     return kind(**stored, **settings)
 
 
-def _tuples_in(settings: object) -> dict[str, object]:
+def _tuples_in(settings: object) -> dict[str, Any]:
     return {str(name): _tuples(value) for name, value in settings.items()}  # type: ignore[attr-defined]
 
 

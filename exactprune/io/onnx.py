@@ -2,8 +2,8 @@
 
 The file is checked by ``onnx.checker``, brought to opset 13 or later where it is older than 7, and then walked once in
 topological order. A name stands either for a constant (numpy) or for a ``Tensor`` of the graph under construction.
-Nodes whose inputs are all constants are evaluated by ``onnx.reference``; ``Shape`` of a tensor is a constant too, since
-all shapes are known once the batch axis is one.
+Nodes whose inputs are all constants are evaluated by ``onnx.reference``; ``Shape`` of a tensor is a constant too,
+since all shapes are known once the batch axis is one.
 """
 
 from __future__ import annotations
@@ -29,10 +29,46 @@ Value = np.ndarray | Tensor | None
 OLDEST_OPSET = 7
 _BATCH = {"?": "batch"}
 MAX_CONSTANT = 1 << 28
-FOLDABLE = frozenset({
-    "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Flatten", "Floor", "Gather", "Identity", "Mul",
-    "Neg", "Range", "ReduceProd", "Reshape", "Shape", "Size", "Slice", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze",
-    "Where", "Greater", "Less", "Max", "Min", "Ceil", "Pow", "Reciprocal", "Not", "And", "Or", "Tile"})
+FOLDABLE = frozenset(
+    {
+        "Add",
+        "Cast",
+        "Concat",
+        "ConstantOfShape",
+        "Div",
+        "Equal",
+        "Expand",
+        "Flatten",
+        "Floor",
+        "Gather",
+        "Identity",
+        "Mul",
+        "Neg",
+        "Range",
+        "ReduceProd",
+        "Reshape",
+        "Shape",
+        "Size",
+        "Slice",
+        "Sqrt",
+        "Squeeze",
+        "Sub",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
+        "Greater",
+        "Less",
+        "Max",
+        "Min",
+        "Ceil",
+        "Pow",
+        "Reciprocal",
+        "Not",
+        "And",
+        "Or",
+        "Tile",
+    }
+)
 
 
 def load_onnx(path: Path, *, input_shape: Shape | None = None) -> Network:
@@ -80,7 +116,9 @@ def _read(path: Path) -> ModelProto:
     except ExactPruneError:
         raise
     except Exception as error:
-        raise LoadError(f"is not a complete ONNX file ({type(error).__name__}: {_line(error)}); download or export it again") from None
+        raise LoadError(
+            f"is not a complete ONNX file ({type(error).__name__}: {_line(error)}); download or export it again"
+        ) from None
 
 
 def _converted(model: ModelProto) -> ModelProto:
@@ -164,8 +202,10 @@ def _array(tensor: TensorProto, name: str) -> np.ndarray:
     try:
         return np.array(numpy_helper.to_array(tensor))
     except Exception as error:
-        raise WeightError(f"weight '{name}': its data does not fit its shape {list(tensor.dims)} ({_line(error)}); export the "
-                          "model again") from None
+        raise WeightError(
+            f"weight '{name}': its data does not fit its shape {list(tensor.dims)} ({_line(error)}); export the "
+            "model again"
+        ) from None
 
 
 def _folded(node: NodeProto, name: str, inputs: Sequence[Value], opset: int) -> np.ndarray:
@@ -175,16 +215,20 @@ def _folded(node: NodeProto, name: str, inputs: Sequence[Value], opset: int) -> 
     if node.op_type in ("ConstantOfShape", "Expand", "Tile"):
         shape = np.asarray(inputs[0] if node.op_type == "ConstantOfShape" else inputs[1])
         if prod(int(n) for n in shape.reshape(-1)) > MAX_CONSTANT:
-            raise ShapeError(f"node '{name}' ({node.op_type}): makes a constant of shape {shape.tolist()}, which is too large")
+            raise ShapeError(
+                f"node '{name}' ({node.op_type}): makes a constant of shape {shape.tolist()}, which is too large"
+            )
     if node.op_type == "Range" and len(inputs) == 3:
         start, stop, step = (float(np.asarray(v)) for v in inputs)  # type: ignore[arg-type]
         if step == 0 or abs((stop - start) / step) > MAX_CONSTANT:
             raise ShapeError(f"node '{name}' (Range): makes a constant that is too large")
     feeds = {n: v for n, v in zip(node.input, inputs, strict=True) if n}
     try:
-        return np.asarray(list(ReferenceEvaluator(node, opsets={"": opset}).run(None, feeds))[0])
+        return np.asarray(next(iter(ReferenceEvaluator(node, opsets={"": opset}).run(None, feeds))))
     except Exception as error:
-        raise LoadError(f"node '{name}' ({node.op_type}): cannot be evaluated ({_line(error)}); export the model again") from None
+        raise LoadError(
+            f"node '{name}' ({node.op_type}): cannot be evaluated ({_line(error)}); export the model again"
+        ) from None
 
 
 # -- nodes -----------------------------------------------------------------------------------------------------
@@ -196,7 +240,9 @@ def _read_node(graph: Graph, node: NodeProto, index: int, values: dict[str, Valu
         raise unsupported(name, f"{node.domain}.{node.op_type}")
     missing = [i for i in node.input if i not in values]
     if missing:
-        raise LoadError(f"node '{name}' ({node.op_type}): reads '{missing[0]}', which nothing writes; export the model again")
+        raise LoadError(
+            f"node '{name}' ({node.op_type}): reads '{missing[0]}', which nothing writes; export the model again"
+        )
     inputs = [values[i] for i in node.input]
     view = _View(name, node, inputs, opset)
     extra = [o for o in node.output[1:] if o]
@@ -213,7 +259,9 @@ def _value(graph: Graph, view: _View) -> Value:
         return view.shape(inputs[0])
     if not any(isinstance(i, Tensor) for i in inputs):
         if node.op_type not in FOLDABLE:
-            raise unsupported(view.name, node.op_type, "this operator on constants is not supported; export with constant folding")
+            raise unsupported(
+                view.name, node.op_type, "this operator on constants is not supported; export with constant folding"
+            )
         return _folded(node, view.name, inputs, view.opset)
     reader = _READERS.get(node.op_type)
     if reader is None:
@@ -302,14 +350,23 @@ def _gemm(graph: Graph, view: _View) -> Tensor:
         raise view.refuse("multiplies two computed tensors; only a product with a constant is supported")
     data, matrix = (left, right) if isinstance(left, Tensor) else (right, left)
     assert isinstance(data, Tensor) and isinstance(matrix, np.ndarray)
-    turn_data, turn_matrix = view.get("transA" if data is left else "transB", 0), view.get("transB" if data is left else "transA", 0)
+    turn_data, turn_matrix = (
+        view.get("transA" if data is left else "transB", 0),
+        view.get("transB" if data is left else "transA", 0),
+    )
     x = graph.transpose(f"{view.name}/transpose", data, (1, 0)) if turn_data else data
     weight = _scaled(graph, view.name, graph.numbers(view.name, matrix.T if turn_matrix else matrix), alpha)
     third = view.inputs[2] if len(view.inputs) > 2 else None
-    bias = None if third is None or isinstance(third, Tensor) else _scaled(graph, view.name, graph.numbers(view.name, third), beta)
+    bias = (
+        None
+        if third is None or isinstance(third, Tensor)
+        else _scaled(graph, view.name, graph.numbers(view.name, third), beta)
+    )
     y = _product(graph, view, x, weight, data is left, bias)
     if isinstance(third, Tensor):
-        y = graph.add(f"{view.name}/add", y, third if beta == 1 else graph.times(f"{view.name}/beta", third, np.asarray(beta)))
+        y = graph.add(
+            f"{view.name}/add", y, third if beta == 1 else graph.times(f"{view.name}/beta", third, np.asarray(beta))
+        )
     return y
 
 
@@ -321,7 +378,9 @@ def _scaled(graph: Graph, name: str, array: np.ndarray, factor: float) -> np.nda
     return (array.astype(np.float64) * factor).astype(array.dtype)
 
 
-def _product(graph: Graph, view: _View, x: Tensor, matrix: np.ndarray, data_left: bool, bias: np.ndarray | None) -> Tensor:
+def _product(
+    graph: Graph, view: _View, x: Tensor, matrix: np.ndarray, data_left: bool, bias: np.ndarray | None
+) -> Tensor:
     """x @ matrix or matrix @ x, plus a bias that broadcasts to the result."""
     outputs = matrix.shape[1] if data_left else matrix.shape[0]
     rows = 1 if len(x.shape) < 2 else (prod(x.shape[:-1]) if data_left else x.shape[-1])
@@ -335,7 +394,9 @@ def _bias_vector(bias: np.ndarray, outputs: int, rows: int, data_left: bool) -> 
     """``bias`` as one number per output, or None where it differs between rows."""
     if bias.size == 1:
         return np.broadcast_to(bias.reshape(1), (outputs,))
-    fits = bias.size == outputs and (rows == 1 or (bias.shape[-1] == outputs if data_left else bias.shape == (outputs, 1)))
+    fits = bias.size == outputs and (
+        rows == 1 or (bias.shape[-1] == outputs if data_left else bias.shape == (outputs, 1))
+    )
     return bias.reshape(outputs) if fits else None
 
 
@@ -414,7 +475,9 @@ def _max(graph: Graph, view: _View) -> Tensor:
     return graph.relu(view.name, data[0])
 
 
-def _windows(view: _View, kernel: Sequence[int], x: Tensor) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int, int, int]]:
+def _windows(
+    view: _View, kernel: Sequence[int], x: Tensor
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int, int, int]]:
     """(stride, dilation, padding) of a convolution or pool; a 1-D one gets height 1."""
     rank = len(kernel)
     stride, dilation = view.ints("strides", [1] * rank), view.ints("dilations", [1] * rank)
@@ -481,7 +544,9 @@ def _avg_pool(graph: Graph, view: _View) -> Tensor:
     if dilation != (1, 1):
         raise view.refuse("dilated average pooling is not supported")
     include = bool(view.get("count_include_pad", 0))
-    return graph.avg_pool(view.name, view.tensor(0), kernel, stride, padding, include or not any(padding), bool(view.get("ceil_mode", 0)))
+    return graph.avg_pool(
+        view.name, view.tensor(0), kernel, stride, padding, include or not any(padding), bool(view.get("ceil_mode", 0))
+    )
 
 
 def _global_avg_pool(graph: Graph, view: _View) -> Tensor:
@@ -587,9 +652,32 @@ def _cast(graph: Graph, view: _View) -> Tensor:
 
 
 _READERS: dict[str, Callable[[Graph, _View], Tensor]] = {
-    "Gemm": _gemm, "MatMul": _matmul, "Add": _add, "Sub": _sub, "Mul": _mul, "Div": _div, "Neg": _neg, "Relu": _relu,
-    "Clip": _clip, "Max": _max, "Conv": _conv, "BatchNormalization": _batch_norm, "MaxPool": _max_pool, "AveragePool": _avg_pool,
-    "GlobalAveragePool": _global_avg_pool, "GlobalMaxPool": _global_max_pool, "ReduceMean": _reduce_mean,
-    "ReduceSum": _reduce_sum, "Flatten": _flatten, "Reshape": _reshape, "Transpose": _transpose, "Squeeze": _squeeze,
-    "Unsqueeze": _unsqueeze, "Pad": _pad, "Concat": _concat, "Dropout": _dropout, "Identity": _identity, "Cast": _cast,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+    "Add": _add,
+    "Sub": _sub,
+    "Mul": _mul,
+    "Div": _div,
+    "Neg": _neg,
+    "Relu": _relu,
+    "Clip": _clip,
+    "Max": _max,
+    "Conv": _conv,
+    "BatchNormalization": _batch_norm,
+    "MaxPool": _max_pool,
+    "AveragePool": _avg_pool,
+    "GlobalAveragePool": _global_avg_pool,
+    "GlobalMaxPool": _global_max_pool,
+    "ReduceMean": _reduce_mean,
+    "ReduceSum": _reduce_sum,
+    "Flatten": _flatten,
+    "Reshape": _reshape,
+    "Transpose": _transpose,
+    "Squeeze": _squeeze,
+    "Unsqueeze": _unsqueeze,
+    "Pad": _pad,
+    "Concat": _concat,
+    "Dropout": _dropout,
+    "Identity": _identity,
+    "Cast": _cast,
 }

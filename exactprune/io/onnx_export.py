@@ -74,14 +74,21 @@ class _Writer:
             self.values[INPUT] = self._add("Reshape", "input/batch", [ends.input_name], shape=(1, *network.input_shape))
         for position, node in enumerate(network.nodes):
             last = position == network.output and batched_out
-            self.values[position] = self._node(node, network.shape_of(node.inputs[0]), ends.output_name if last else None)
+            self.values[position] = self._node(
+                node, network.shape_of(node.inputs[0]), ends.output_name if last else None
+            )
         if not batched_out:
             sizes = tuple(n for n in target if isinstance(n, int))
             self._add("Reshape", "output/batch", [self.values[network.output]], output=ends.output_name, shape=sizes)
         elif not network.nodes:
             self._add("Identity", "identity", [self.values[INPUT]], output=ends.output_name)
-        return helper.make_graph(self.nodes, network.name, [helper.make_tensor_value_info(ends.input_name, kind, source)],
-                                 [helper.make_tensor_value_info(ends.output_name, kind, target)], self.weights)
+        return helper.make_graph(
+            self.nodes,
+            network.name,
+            [helper.make_tensor_value_info(ends.input_name, kind, source)],
+            [helper.make_tensor_value_info(ends.output_name, kind, target)],
+            self.weights,
+        )
 
     def _node(self, node: Node, shape: Shape, output: str | None) -> str:
         """Append the node (a Scale may need two) and give the name of its value."""
@@ -128,14 +135,27 @@ def _steps(op: Op, shape: Shape, dtype: np.dtype) -> Iterator[Step]:
         case Affine():
             yield "Gemm", [("weight", op.weight), ("bias", op.bias)], {"transB": 1}
         case Conv2d():
-            yield "Conv", [("weight", op.weight), ("bias", op.bias)], {
-                "kernel_shape": op.kernel, "strides": op.stride, "pads": op.padding, "dilations": op.dilation, "group": op.groups}
+            yield (
+                "Conv",
+                [("weight", op.weight), ("bias", op.bias)],
+                {
+                    "kernel_shape": op.kernel,
+                    "strides": op.stride,
+                    "pads": op.padding,
+                    "dilations": op.dilation,
+                    "group": op.groups,
+                },
+            )
         case Scale():
             yield from _scale_steps(op)
         case ReLU() | Add():
             yield {"ReLU": "Relu"}.get(op.kind, op.kind), [], {}
         case MaxPool2d():
-            yield "MaxPool", [], {"kernel_shape": op.kernel, "strides": op.stride, "pads": op.padding, "dilations": op.dilation}
+            yield (
+                "MaxPool",
+                [],
+                {"kernel_shape": op.kernel, "strides": op.stride, "pads": op.padding, "dilations": op.dilation},
+            )
         case AvgPool2d():
             yield "AveragePool", [], {"kernel_shape": op.kernel, "strides": op.stride, "pads": op.padding,
                                       "count_include_pad": int(op.count_include_pad)}

@@ -1,9 +1,9 @@
 """``.pt`` and ``.pth``: a whole ``nn.Sequential`` (nested too), or a ``state_dict`` with its architecture.
 
-``archive`` turns the file into inert records; this file gives them a meaning. Only the exact ``torch.nn`` classes below
-are known, and only where nothing in the record could make PyTorch compute something else: no hooks, no attribute that
-holds a tensor or a module outside its place, no ``forward``. Batch norm must be in evaluation mode; dropout is the
-identity.
+``archive`` turns the file into inert records; this file gives them a meaning. Only the exact ``torch.nn`` classes
+below are known, and only where nothing in the record could make PyTorch compute something else: no hooks, no attribute
+that holds a tensor or a module outside its place, no ``forward``. Batch norm must be in evaluation mode; dropout is
+the identity.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from exactprune.ops import Conv2d, Shape, pair
 
 MAX_LAYERS = 20_000
 _PLAIN = (str, int, float, bool, type(None))
-_IDENTITY = frozenset({"Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout"})
+_IDENTITY = frozenset(
+    {"Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout"}
+)
 
 
 def load_pt(path: Path, *, input_shape: Shape | None = None, arch: str | None = None) -> Network:
@@ -128,7 +130,9 @@ def _leaves(root: Module) -> list[tuple[str, Module]]:
         children = _dictionary(module, "_modules")
         if module.path != "torch.nn.modules.container.Sequential":
             if children:
-                raise UnsupportedOpError(f"layer '{layer}' ({module.kind}) contains other layers, only nn.Sequential may; {REMEDY}")
+                raise UnsupportedOpError(
+                    f"layer '{layer}' ({module.kind}) contains other layers, only nn.Sequential may; {REMEDY}"
+                )
             found.append((layer or "0", module))
             continue
         stack.extend((f"{layer}.{k}" if layer else str(k), m) for k, m in reversed(children.items()))
@@ -144,9 +148,13 @@ def _check_record(layer: str, module: Module) -> None:
     for key, value in _state(module).items():
         if key.endswith("_hooks") and value:
             raise LoadError(f"layer '{layer}' ({module.kind}) carries {key.strip('_')}; remove them, then save again")
-        if key == "forward" or (isinstance(value, Module | np.ndarray) and key not in ("_parameters", "_buffers", "_modules")):
-            raise LoadError(f"layer '{layer}' ({module.kind}) has an attribute '{key}' of its own, which may change what it "
-                            "computes; save a plain layer")
+        if key == "forward" or (
+            isinstance(value, Module | np.ndarray) and key not in ("_parameters", "_buffers", "_modules")
+        ):
+            raise LoadError(
+                f"layer '{layer}' ({module.kind}) has an attribute '{key}' of its own, which may change what it "
+                "computes; save a plain layer"
+            )
 
 
 def _state(module: Module) -> dict[str, object]:
@@ -171,7 +179,9 @@ class _Layer:
         value = self._arrays.get(key)
         if not isinstance(value, np.ndarray) or value.ndim != rank:
             shape = value.shape if isinstance(value, np.ndarray) else "nothing"
-            raise WeightError(f"layer '{self.name}' ({self.kind}): {key} should be a tensor with {rank} axes, the file has {shape}")
+            raise WeightError(
+                f"layer '{self.name}' ({self.kind}): {key} should be a tensor with {rank} axes, the file has {shape}"
+            )
         return value
 
     def optional(self, key: str, rank: int) -> np.ndarray | None:
@@ -181,7 +191,9 @@ class _Layer:
     def setting(self, key: str, default: object = None) -> object:
         """A plain attribute; older files lack some."""
         value = self._state.get(key, default)
-        plain = isinstance(value, _PLAIN) or (isinstance(value, tuple | list) and all(isinstance(v, _PLAIN) for v in value))
+        plain = isinstance(value, _PLAIN) or (
+            isinstance(value, tuple | list) and all(isinstance(v, _PLAIN) for v in value)
+        )
         if not plain:
             raise LoadError(f"layer '{self.name}' ({self.kind}): setting {key} is {_words(value)}")
         return value
@@ -191,9 +203,15 @@ class _Layer:
         value = self.setting(key, default)
         value = default if value is None else value
         numbers = (value, value) if isinstance(value, int) else value
-        if isinstance(numbers, tuple | list) and len(numbers) == 2 and all(isinstance(v, int) and v >= 0 for v in numbers):
+        if (
+            isinstance(numbers, tuple | list)
+            and len(numbers) == 2
+            and all(isinstance(v, int) and v >= 0 for v in numbers)
+        ):
             return pair(numbers)
-        raise LoadError(f"layer '{self.name}' ({self.kind}): setting {key} is {value!r}; two integers >= 0 are expected")
+        raise LoadError(
+            f"layer '{self.name}' ({self.kind}): setting {key} is {value!r}; two integers >= 0 are expected"
+        )
 
     def single(self, key: str, default: int) -> int:
         """A setting of a 1-D layer: one integer >= 0, alone or in a tuple."""
@@ -233,7 +251,9 @@ def _conv(graph: Graph, layer: _Layer, x: Tensor) -> Tensor:
         raise layer.refuse("transposed convolutions are not supported")
     read = (lambda key, default: (default, layer.single(key, default))) if flat else layer.pair
     stride, dilation = read("stride", 1), read("dilation", 1)
-    padding = _same(layer, weight.shape[2:], dilation) or _both(read("padding", 0) if not flat else (0, layer.single("padding", 0)))
+    padding = _same(layer, weight.shape[2:], dilation) or _both(
+        read("padding", 0) if not flat else (0, layer.single("padding", 0))
+    )
     groups = layer.single("groups", 1)
     bias = np.zeros(weight.shape[0], weight.dtype) if bias is None else graph.numbers(layer.name, bias)
     _check_strides(layer, stride, dilation)
@@ -276,15 +296,19 @@ def _unflatten(graph: Graph, layer: _Layer, x: Tensor) -> Tensor:
     if not isinstance(axis, int) or not isinstance(sizes, tuple | list) or axis % len(x.shape) == 0:
         raise layer.refuse(f"dim {axis!r} and unflattened_size {sizes!r} are not an axis and a shape")
     axis %= len(x.shape)
-    inner = graph.reshape(layer.name, Tensor(x.position, x.shape), (*x.shape[:axis], *map(int, sizes), *x.shape[axis + 1:]))  # type: ignore[arg-type]
+    inner = graph.reshape(
+        layer.name, Tensor(x.position, x.shape), (*x.shape[:axis], *map(int, sizes), *x.shape[axis + 1 :])
+    )  # type: ignore[arg-type]
     return inner
 
 
 def _batch_norm(graph: Graph, layer: _Layer, x: Tensor) -> Tensor:
     mean, var = layer.optional("running_mean", 1), layer.optional("running_var", 1)
     if layer.setting("training", True) or mean is None or var is None:
-        raise layer.refuse("is in training mode, or keeps no running statistics, so its output depends on the batch; call "
-                           "model.eval() and save again")
+        raise layer.refuse(
+            "is in training mode, or keeps no running statistics, so its output depends on the batch; call "
+            "model.eval() and save again"
+        )
     eps = layer.setting("eps", 1e-5)
     gamma, beta = layer.optional("weight", 1), layer.optional("bias", 1)
     return graph.batch_norm(layer.name, x, gamma, beta, mean, var, float(eps))  # type: ignore[arg-type]
@@ -296,7 +320,9 @@ def _max_pool(graph: Graph, layer: _Layer, x: Tensor) -> Tensor:
     kernel = layer.pair("kernel_size")
     stride, dilation, padding = layer.pair("stride", kernel), layer.pair("dilation", 1), layer.pair("padding", 0)
     _check_strides(layer, kernel, stride, dilation)
-    return graph.max_pool(layer.name, x, kernel, stride, _both(padding), dilation, bool(layer.setting("ceil_mode", False)))
+    return graph.max_pool(
+        layer.name, x, kernel, stride, _both(padding), dilation, bool(layer.setting("ceil_mode", False))
+    )
 
 
 def _avg_pool(graph: Graph, layer: _Layer, x: Tensor) -> Tensor:
@@ -319,7 +345,12 @@ def _adaptive(graph: Graph, layer: _Layer, x: Tensor) -> Tensor:
 
 def _pad(graph: Graph, layer: _Layer, x: Tensor) -> Tensor:
     sizes, value = layer.setting("padding"), layer.setting("value", 0.0)
-    if not isinstance(sizes, tuple | list) or len(sizes) != 4 or not all(isinstance(s, int) for s in sizes) or len(x.shape) != 4:
+    if (
+        not isinstance(sizes, tuple | list)
+        or len(sizes) != 4
+        or not all(isinstance(s, int) for s in sizes)
+        or len(x.shape) != 4
+    ):
         raise layer.refuse(f"padding {sizes!r} on an input of shape {x.shape}; four integers on an image are expected")
     left, right, top, bottom = (int(s) for s in sizes)  # type: ignore[arg-type]
     return graph.pad(layer.name, x, ((0, 0), (0, 0), (top, bottom), (left, right)), float(value))  # type: ignore[arg-type]

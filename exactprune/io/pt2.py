@@ -1,9 +1,9 @@
 """``.pt2``, what ``torch.export.save`` writes (PyTorch >= 2.9), read without unpickling anything.
 
 The file is a zip archive with stored members: ``models/model.json`` is the program (schema:
-``torch/_export/serde/schema.py``), ``data/weights`` and ``data/constants`` hold raw storages and JSON tables of sizes and
-strides. Only these are read; the pickled sample inputs are not. Weights that were written as a pickle go through the inert
-reader of ``archive``.
+``torch/_export/serde/schema.py``), ``data/weights`` and ``data/constants`` hold raw storages and JSON tables of sizes
+and strides. Only these are read; the pickled sample inputs are not. Weights that were written as a pickle go through
+the inert reader of ``archive``.
 """
 
 from __future__ import annotations
@@ -28,11 +28,23 @@ SCHEMA = 8
 Json = dict[str, Any]
 # torch/_export/serde/schema.py, ScalarType
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f2", 7: "<f4", 8: "<f8", 12: "?", 13: "bfloat16"}
-_NAMES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float16", 7: "float32", 8: "float64", 12: "bool",
-          13: "bfloat16"}
+_NAMES = {
+    1: "uint8",
+    2: "int8",
+    3: "int16",
+    4: "int32",
+    5: "int64",
+    6: "float16",
+    7: "float32",
+    8: "float64",
+    12: "bool",
+    13: "bfloat16",
+}
 
 
-def load_pt2(source: Path | BinaryIO, *, input_shape: tuple[int, ...] | None = None, name: str | None = None) -> Network:
+def load_pt2(
+    source: Path | BinaryIO, *, input_shape: tuple[int, ...] | None = None, name: str | None = None
+) -> Network:
     """The network in a ``.pt2`` file.
 
     Args:
@@ -60,8 +72,10 @@ def load_pt2(source: Path | BinaryIO, *, input_shape: tuple[int, ...] | None = N
 def _root(archive: zipfile.ZipFile) -> str:
     found = [n.removesuffix("models/model.json") for n in archive.namelist() if n.endswith("models/model.json")]
     if len(found) != 1 or found[0].count("/") > 1:
-        raise LoadError("is not a torch.export program as PyTorch >= 2.9 saves it (one models/model.json); export it again "
-                        "with a newer PyTorch, or to .onnx")
+        raise LoadError(
+            "is not a torch.export program as PyTorch >= 2.9 saves it (one models/model.json); export it again "
+            "with a newer PyTorch, or to .onnx"
+        )
     return found[0]
 
 
@@ -94,7 +108,9 @@ def _tensor(name: str, entry: Json, data: bytes) -> np.ndarray:
         raise LoadError(f"weight '{name}' is pickled and is not a tensor; export to .onnx instead")
     meta = entry["tensor_meta"]
     if meta["dtype"] not in _DTYPES:
-        raise LoadError(f"weight '{name}' has a dtype (code {meta['dtype']}) that is not supported; convert it to float32")
+        raise LoadError(
+            f"weight '{name}' has a dtype (code {meta['dtype']}) that is not supported; convert it to float32"
+        )
     shape, strides = ([n["as_int"] for n in meta[key]] for key in ("sizes", "strides"))
     return as_tensor(data, _DTYPES[meta["dtype"]], meta["storage_offset"]["as_int"], shape, strides)
 
@@ -105,7 +121,9 @@ class _Program:
     def __init__(self, program: Json, constants: Mapping[str, np.ndarray], name: str) -> None:
         version = program["schema_version"]["major"]
         if version != SCHEMA:
-            raise LoadError(f"has schema version {version}, this reader knows {SCHEMA}; export it with PyTorch 2.9 to 2.13, or to .onnx")
+            raise LoadError(
+                f"has schema version {version}, this reader knows {SCHEMA}; use PyTorch 2.9 to 2.13, or to .onnx"
+            )
         module = program["graph_module"]
         self.graph_json: Json = module["graph"]
         self.signature: Json = module["signature"]
@@ -148,8 +166,10 @@ class _Program:
     def _result(self) -> str:
         specs = self.signature["output_specs"]
         if any("user_output" not in spec for spec in specs):
-            raise UnsupportedOpError("changes its own state while it runs (a batch norm in training mode?); call model.eval() "
-                                     "and export again")
+            raise UnsupportedOpError(
+                "changes its own state while it runs (a batch norm in training mode?); call model.eval() "
+                "and export again"
+            )
         if len(specs) != 1 or "as_tensor" not in specs[0]["user_output"]["arg"]:
             raise UnsupportedOpError(f"has {len(specs)} outputs; one tensor is supported")
         return specs[0]["user_output"]["arg"]["as_tensor"]["name"]
@@ -163,8 +183,10 @@ class _Program:
                 raise ShapeError(f"its input is {sizes}, which does not fit input shape {list(wanted)}")
             inner = list(wanted)
         if None in inner or not sizes:
-            raise ShapeError(f"its input has the dynamic shape {['?' if n is None else n for n in sizes]}; give --input-shape "
-                             "(input_shape= in Python)")
+            raise ShapeError(
+                f"its input has the dynamic shape {['?' if n is None else n for n in sizes]}; give --input-shape "
+                "(input_shape= in Python)"
+            )
         return (1 if sizes[0] is None else sizes[0], *inner)
 
     def _run(self, graph: Graph, node: Json) -> None:

@@ -1,6 +1,8 @@
-"""``.safetensors`` (https://github.com/huggingface/safetensors): eight bytes with the header's length, a JSON header, raw bytes.
+"""``.safetensors`` (https://github.com/huggingface/safetensors): eight bytes with the header's length, a JSON header,
+raw bytes.
 
-A ``state_dict`` without code by design; it says nothing about how the layers are connected, so it needs an architecture.
+A ``state_dict`` without code by design; it says nothing about how the layers are connected, so it needs an
+architecture.
 """
 
 from __future__ import annotations
@@ -20,8 +22,18 @@ from exactprune.io.pt import from_state_dict
 from exactprune.network import Network
 
 MAX_HEADER = 100_000_000
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
-           "U8": "u1", "BOOL": "?"}
+_DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
+}
 
 
 def load_safetensors(path: Path, arch: str | None, input_shape: tuple[int, ...] | None) -> Network:
@@ -47,7 +59,9 @@ def in_order(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     found = {name: re.fullmatch(r"(.*?)(\d+)(\D*)", name) for name in layers}
     frames = {(m[1], m[3]) if m else None for m in found.values()}
     if len(layers) > 1 and (len(frames) > 1 or None in frames):
-        raise LoadError(f"the order of its layers {sorted(layers)} is not known; load it in Python with arch= an example module")
+        raise LoadError(
+            f"the order of its layers {sorted(layers)} is not known; load it in Python with arch= an example module"
+        )
     rank = {name: int(m[2]) if m else 0 for name, m in found.items()}
     return {k: state[k] for k in sorted(state, key=lambda k: rank[k.rpartition(".")[0]])}
 

@@ -1,8 +1,8 @@
 """Layers without neurons, made writable.
 
-When every neuron of a layer is removed, the layer has zero outputs and the next one zero inputs. That is a sound network,
-but file formats and runtimes treat empty tensors unevenly. ``without_empty`` gives each empty tensor one neuron that is
-constantly 0 and is read with weight 0: the same function, exactly.
+When every neuron of a layer is removed, the layer has zero outputs and the next one zero inputs. That is a sound
+network, but file formats and runtimes treat empty tensors unevenly. ``without_empty`` gives each empty tensor one
+neuron that is constantly 0 and is read with weight 0: the same function, exactly.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def _filled(node: Node, shape: Shape, given: tuple[Shape, ...]) -> Op:
 def _refilled(name: str, shape: Shape, size: int) -> Shape:
     rest = prod(n for n in shape if n)
     if shape.count(0) != 1 or size % rest:
-        raise ShapeError(f"node '{name}': an empty tensor of shape {shape} cannot be saved; keep one neuron of that layer")
+        raise ShapeError(
+            f"node '{name}': an empty tensor of shape {shape} cannot be saved; keep one neuron of that layer"
+        )
     return tuple(n or size // rest for n in shape)
 
 
@@ -71,7 +73,9 @@ def _narrowed(name: str, op: Pad, shape: Shape, given: Shape) -> tuple[tuple[int
     for (before, after), n, old in zip(op.pads, given, shape, strict=True):
         extra = before + after + n - max(old, 1)
         if extra and (op.value != 0 or extra > before + after):
-            raise ShapeError(f"node '{name}': padding around an empty tensor cannot be saved; keep one neuron of that layer")
+            raise ShapeError(
+                f"node '{name}': padding around an empty tensor cannot be saved; keep one neuron of that layer"
+            )
         cut = min(extra, after)
         pads.append((before - (extra - cut), after - cut))
     return tuple(pads)

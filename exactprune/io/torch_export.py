@@ -65,8 +65,10 @@ def to_sequential(network: Network) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Flatten()] if axes is not None and axes[1:] == ("...",) else []
     for position, node in enumerate(network.nodes):
         if node.inputs != (position - 1,):
-            raise UnsupportedOpError(f"{network.name}: node '{node.name}' ({node.op.kind}) makes it no plain chain of layers, so "
-                                     f"it has no nn.Sequential form; {OTHERS}")
+            raise UnsupportedOpError(
+                f"{network.name}: node '{node.name}' ({node.op.kind}) makes it no plain chain of layers, so "
+                f"it has no nn.Sequential form; {OTHERS}"
+            )
         layers.extend(_layers(node, network.shape_of(position - 1)))
     return nn.Sequential(*layers).eval()
 
@@ -224,12 +226,21 @@ def _convolution(op: Conv2d) -> Iterator[nn.Module]:
         yield nn.ZeroPad2d((left, right, top, bottom))
         padding = (0, 0)
     outputs, inputs = op.weight.shape[:2]
-    layer = nn.Conv2d(inputs * op.groups, outputs, op.kernel, op.stride, padding, op.dilation, op.groups, dtype=_dtype(op.weight.dtype))
+    layer = nn.Conv2d(
+        inputs * op.groups,
+        outputs,
+        op.kernel,
+        op.stride,
+        padding,
+        op.dilation,
+        op.groups,
+        dtype=_dtype(op.weight.dtype),
+    )
     yield _with(layer, op)
 
 
 def _scale(op: Scale, shape: Shape) -> Iterator[nn.Module]:
-    """A 1 x 1 convolution with one group a channel: per channel where the numbers are, else every value its own channel."""
+    """A 1 x 1 convolution with one group a channel: per channel where the numbers are, else one for each value."""
     per_channel = len(shape) == 3 and all(_channelwise(a, shape) for a in (op.scale, op.shift))
     layout = shape if per_channel else (prod(shape), 1, 1)
     yield from _reshape(shape, layout)
@@ -251,7 +262,9 @@ def _max_pool(node: Node, op: MaxPool2d, shape: Shape) -> nn.Module:
     ceiled = nn.MaxPool2d(op.kernel, op.stride, (top, left), op.dilation, ceil_mode=True)
     if small and (bottom, right) == _ceiled(op, shape):
         return ceiled
-    raise UnsupportedOpError(f"node '{node.name}' (MaxPool2d) is padded by {op.padding}, which nn.MaxPool2d cannot; {OTHERS}")
+    raise UnsupportedOpError(
+        f"node '{node.name}' (MaxPool2d) is padded by {op.padding}, which nn.MaxPool2d cannot; {OTHERS}"
+    )
 
 
 def _ceiled(op: MaxPool2d, shape: Shape) -> tuple[int, int]:
@@ -272,7 +285,9 @@ def _avg_pool(node: Node, op: AvgPool2d) -> Iterator[nn.Module]:
         yield nn.ZeroPad2d((left, right, top, bottom))
         yield nn.AvgPool2d(op.kernel, op.stride)
     else:
-        raise UnsupportedOpError(f"node '{node.name}' (AvgPool2d) is padded by {op.padding}, which nn.AvgPool2d cannot; {OTHERS}")
+        raise UnsupportedOpError(
+            f"node '{node.name}' (AvgPool2d) is padded by {op.padding}, which nn.AvgPool2d cannot; {OTHERS}"
+        )
 
 
 def _reshape(source: Shape, target: Shape) -> Iterator[nn.Module]:

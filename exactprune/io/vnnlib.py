@@ -69,7 +69,9 @@ def _checked(inputs: set[int], bounds: dict[int, tuple[float, float]], name: str
     pairs = [bounds.get(i, (-np.inf, np.inf)) for i in range(len(inputs))]
     for i, (low, high) in enumerate(pairs):
         if not (np.isfinite(low) and np.isfinite(high)):
-            raise DomainError(f"input X_{i} has no {'upper' if np.isfinite(low) else 'lower'} bound; every input needs both")
+            raise DomainError(
+                f"input X_{i} has no {'upper' if np.isfinite(low) else 'lower'} bound; every input needs both"
+            )
         if low > high:
             raise DomainError(f"bounds of input X_{i} contradict each other: {low!r} > {high!r}")
     return Box(np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs]), f"VNN-LIB {name}")
@@ -88,7 +90,9 @@ def _bounds(formula: Expression) -> Iterator[tuple[int, float, float]]:
         for part in parts:
             yield from _bounds(part)
     elif head == "or":
-        raise DomainError(f"'{_text(formula)}' is a disjunction over inputs, which is not a box; split the file into one per box")
+        raise DomainError(
+            f"'{_text(formula)}' is a disjunction over inputs, which is not a box; split the file into one per box"
+        )
     elif head in ("<=", ">=", "<", ">", "=") and len(parts) == 2:
         yield _comparison(str(head), parts, formula)
     else:

@@ -33,7 +33,9 @@ def sequential() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
 
 
-def refused(path: Path, kind: type[ExactPruneError] | tuple[type[ExactPruneError], ...], *words: str, **options: object) -> None:
+def refused(
+    path: Path, kind: type[ExactPruneError] | tuple[type[ExactPruneError], ...], *words: str, **options: object
+) -> None:
     """Loading raises exactly ``kind``, in one line with the file's name and ``words``."""
     with pytest.raises(kind) as caught:
         io.load(path, **options)
@@ -100,7 +102,7 @@ class TestAnyFormat:
             try:
                 io.load(path, arch="4-3-2" if suffix == "safetensors" else None)
             except ExactPruneError as error:
-                assert "\n" not in str(error)  # noqa: PT017
+                assert "\n" not in str(error)
 
 
 def example(suffix: str, folder: Path) -> bytes:
@@ -168,9 +170,18 @@ class TestPickles:
         path = rewritten(saved(sequential(), tmp_path), lambda n, d: program if n.endswith("data.pkl") else d)
         refused(path, LoadError, "change a function")
 
-    @pytest.mark.parametrize("program", [
-        b"\x80\x02K\x01r\xff\xff\xff\x7f.", b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\x00\x00.", b"\x80\x05\x96\xff\xff\xff\xff\xff\x00\x00\x00.",
-        b"\x80\x02" + b"(" * 50 + b".", b"\x80\x02h\x05.", b"", b"."])
+    @pytest.mark.parametrize(
+        "program",
+        [
+            b"\x80\x02K\x01r\xff\xff\xff\x7f.",
+            b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\x00\x00.",
+            b"\x80\x05\x96\xff\xff\xff\xff\xff\x00\x00\x00.",
+            b"\x80\x02" + b"(" * 50 + b".",
+            b"\x80\x02h\x05.",
+            b"",
+            b".",
+        ],
+    )
     def test_pickles_that_grab_memory_or_break(self, tmp_path: Path, program: bytes) -> None:
         path = rewritten(saved(sequential(), tmp_path), lambda n, d: program if n.endswith("data.pkl") else d)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -257,14 +268,30 @@ class TestModels:
         model[0].__dict__["weight"] = torch.zeros(3, 4)
         refused(saved(model, tmp_path), LoadError, "layer '0'")
 
-    @pytest.mark.parametrize("layer", [nn.Softmax(1), nn.LogSoftmax(1), nn.Sigmoid(), nn.LeakyReLU(), nn.LSTM(2, 2), nn.GELU(),
-                                       nn.ConvTranspose2d(1, 1, 1), nn.Softmax2d(), nn.LayerNorm(2)])
+    @pytest.mark.parametrize(
+        "layer",
+        [
+            nn.Softmax(1),
+            nn.LogSoftmax(1),
+            nn.Sigmoid(),
+            nn.LeakyReLU(),
+            nn.LSTM(2, 2),
+            nn.GELU(),
+            nn.ConvTranspose2d(1, 1, 1),
+            nn.Softmax2d(),
+            nn.LayerNorm(2),
+        ],
+    )
     def test_unknown_layers_are_named(self, tmp_path: Path, layer: nn.Module) -> None:
         model = nn.Sequential(nn.Linear(4, 2), layer)
         refused(saved(model, tmp_path), UnsupportedOpError, "'1'", type(layer).__name__)
 
     def test_softmax_says_what_to_do(self, tmp_path: Path) -> None:
-        refused(saved(nn.Sequential(nn.Linear(4, 2), nn.Softmax(1)), tmp_path), UnsupportedOpError, "without its final Softmax")
+        refused(
+            saved(nn.Sequential(nn.Linear(4, 2), nn.Softmax(1)), tmp_path),
+            UnsupportedOpError,
+            "without its final Softmax",
+        )
 
     @pytest.mark.parametrize("layer", [
         nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), nn.MaxPool2d(2, return_indices=True),
@@ -274,13 +301,26 @@ class TestModels:
     def test_unknown_settings_are_named(self, tmp_path: Path, layer: nn.Module) -> None:
         refused(saved(nn.Sequential(layer), tmp_path), UnsupportedOpError, "'0'", input_shape=(1, 6, 6))
 
-    @pytest.mark.parametrize("layer", [
-        changed(nn.Conv2d(1, 1, 2), stride="wide"), changed(nn.Conv2d(1, 1, 2), stride=(1, 2, 3)), changed(nn.Flatten(), start_dim=None),
-        changed(nn.Conv2d(1, 1, 2), padding=(-1, 0)), changed(nn.Conv2d(1, 1, 2), groups=0), changed(nn.Conv2d(1, 1, 2), groups=7),
-        changed(nn.BatchNorm2d(1).eval(), eps="small"), changed(nn.ZeroPad2d(1), padding=(1, "a", 0, 0)),
-        changed(nn.Conv2d(1, 1, 2), dilation={1}), changed(nn.MaxPool2d(2), kernel_size=None), changed(nn.Conv2d(1, 1, 2), dilation=1 << 70)])
+    @pytest.mark.parametrize(
+        "layer",
+        [
+            changed(nn.Conv2d(1, 1, 2), stride="wide"),
+            changed(nn.Conv2d(1, 1, 2), stride=(1, 2, 3)),
+            changed(nn.Flatten(), start_dim=None),
+            changed(nn.Conv2d(1, 1, 2), padding=(-1, 0)),
+            changed(nn.Conv2d(1, 1, 2), groups=0),
+            changed(nn.Conv2d(1, 1, 2), groups=7),
+            changed(nn.BatchNorm2d(1).eval(), eps="small"),
+            changed(nn.ZeroPad2d(1), padding=(1, "a", 0, 0)),
+            changed(nn.Conv2d(1, 1, 2), dilation={1}),
+            changed(nn.MaxPool2d(2), kernel_size=None),
+            changed(nn.Conv2d(1, 1, 2), dilation=1 << 70),
+        ],
+    )
     def test_settings_that_make_no_sense(self, tmp_path: Path, layer: nn.Module) -> None:
-        refused(saved(nn.Sequential(layer), tmp_path), (LoadError, UnsupportedOpError, ShapeError), input_shape=(1, 6, 6))
+        refused(
+            saved(nn.Sequential(layer), tmp_path), (LoadError, UnsupportedOpError, ShapeError), input_shape=(1, 6, 6)
+        )
 
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
     @pytest.mark.parametrize("name", ["m.pt", "m.onnx", "m.pt2"])
@@ -306,7 +346,12 @@ class TestModels:
         refused(tmp_path / name, WeightError, "2 of 6 values of weight", "NaN or infinite")
 
     def test_batch_norm_in_training_mode(self, tmp_path: Path) -> None:
-        refused(saved(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), tmp_path), UnsupportedOpError, "'1'", "model.eval()")
+        refused(
+            saved(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), tmp_path),
+            UnsupportedOpError,
+            "'1'",
+            "model.eval()",
+        )
 
     def test_batch_norm_without_statistics(self, tmp_path: Path) -> None:
         model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)).eval()
@@ -346,7 +391,9 @@ class TestModels:
         refused(saved(sequential().state_dict(), tmp_path), OptionError, "784-100-100-10", arch=arch)
 
     def test_state_dict_that_does_not_fit_the_example(self, tmp_path: Path) -> None:
-        refused(saved(sequential().state_dict(), tmp_path), LoadError, "does not fit", arch=nn.Sequential(nn.Linear(4, 2)))
+        refused(
+            saved(sequential().state_dict(), tmp_path), LoadError, "does not fit", arch=nn.Sequential(nn.Linear(4, 2))
+        )
 
     def test_safetensors_keep_no_order_so_names_must(self, tmp_path: Path) -> None:
         from safetensors.torch import save_file
@@ -354,7 +401,9 @@ class TestModels:
         model = nn.Sequential(*[m for i in range(12) for m in (nn.Linear(3, 3), nn.ReLU())][:-1]).eval()
         save_file(model.state_dict(), tmp_path / "m.safetensors")
         assert io.load(tmp_path / "m.safetensors", arch="-".join("3" * 13)).sha256 == io.load(model).sha256
-        named = {f"{k}.{f}": v for k, m in zip(("in", "out"), model[::2], strict=False) for f, v in m.state_dict().items()}
+        named = {
+            f"{k}.{f}": v for k, m in zip(("in", "out"), model[::2], strict=False) for f, v in m.state_dict().items()
+        }
         save_file(named, tmp_path / "n.safetensors")
         refused(tmp_path / "n.safetensors", LoadError, "order", arch="3-3-3")
 
@@ -373,7 +422,14 @@ class TestModels:
             io.load(3)  # type: ignore[arg-type]
 
 
-def model_of(nodes: list, source: list, target: list, weights: dict[str, np.ndarray], kind: int = TensorProto.FLOAT, opset: int = 17):
+def model_of(
+    nodes: list,
+    source: list,
+    target: list,
+    weights: dict[str, np.ndarray],
+    kind: int = TensorProto.FLOAT,
+    opset: int = 17,
+):
     """An ONNX model from x to y."""
     graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", kind, source)],
                               [helper.make_tensor_value_info("y", kind, target)],
@@ -389,18 +445,24 @@ class TestOnnx:
         refused(tmp_path / "m.onnx", UnsupportedOpError, "'odd'", kind)
 
     def test_products_of_two_tensors(self, tmp_path: Path) -> None:
-        onnx.save(model_of([helper.make_node("Mul", ["x", "x"], ["y"], name="sq")], [1, 2], [1, 2], {}), tmp_path / "m.onnx")
+        onnx.save(
+            model_of([helper.make_node("Mul", ["x", "x"], ["y"], name="sq")], [1, 2], [1, 2], {}), tmp_path / "m.onnx"
+        )
         refused(tmp_path / "m.onnx", UnsupportedOpError, "'sq'", "two computed tensors")
 
     def test_dynamic_shapes(self, tmp_path: Path) -> None:
-        onnx.save(model_of([helper.make_node("Relu", ["x"], ["y"])], ["n", "c", 3], ["n", "c", 3], {}), tmp_path / "m.onnx")
+        onnx.save(
+            model_of([helper.make_node("Relu", ["x"], ["y"])], ["n", "c", 3], ["n", "c", 3], {}), tmp_path / "m.onnx"
+        )
         refused(tmp_path / "m.onnx", ShapeError, "dynamic", "--input-shape")
         assert io.load(tmp_path / "m.onnx", input_shape=(2, 3)).neurons == 6
         refused(tmp_path / "m.onnx", ShapeError, "does not fit", input_shape=(2, 4))
 
     def test_batch_norm_in_training_mode(self, tmp_path: Path) -> None:
         ones = {n: np.ones(2, np.float32) for n in "gbmv"}
-        node = helper.make_node("BatchNormalization", ["x", "g", "b", "m", "v"], ["y", "mm", "vv"], name="bn", training_mode=1)
+        node = helper.make_node(
+            "BatchNormalization", ["x", "g", "b", "m", "v"], ["y", "mm", "vv"], name="bn", training_mode=1
+        )
         onnx.save(model_of([node], [1, 2], [1, 2], ones), tmp_path / "m.onnx")
         refused(tmp_path / "m.onnx", UnsupportedOpError, "'bn'", "eval()")
 
@@ -416,12 +478,17 @@ class TestOnnx:
         refused(tmp_path / "m.onnx", (LoadError, WeightError))
 
     def test_constants_that_enlarge(self, tmp_path: Path) -> None:
-        proto = model_of([helper.make_node("Add", ["x", "c"], ["y"], name="a")], [1, 2], [3, 2], {"c": np.ones((3, 1), np.float32)})
+        proto = model_of(
+            [helper.make_node("Add", ["x", "c"], ["y"], name="a")], [1, 2], [3, 2], {"c": np.ones((3, 1), np.float32)}
+        )
         onnx.save(proto, tmp_path / "m.onnx")
         refused(tmp_path / "m.onnx", UnsupportedOpError, "'a'", "enlarges")
 
     def test_reducing_the_batch(self, tmp_path: Path) -> None:
-        onnx.save(model_of([helper.make_node("ReduceMean", ["x"], ["y"], axes=[0], name="r")], ["n", 2], [1, 2], {}), tmp_path / "m.onnx")
+        onnx.save(
+            model_of([helper.make_node("ReduceMean", ["x"], ["y"], axes=[0], name="r")], ["n", 2], [1, 2], {}),
+            tmp_path / "m.onnx",
+        )
         refused(tmp_path / "m.onnx", UnsupportedOpError, "'r'", "batch")
 
     def test_several_inputs(self, tmp_path: Path) -> None:
@@ -440,7 +507,9 @@ class TestOnnx:
 def test_dynamic_shapes_in_pt2(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()).eval()
     dims = {0: torch.export.Dim("n"), 2: torch.export.Dim("h")}
-    torch.export.save(torch.export.export(model, (torch.zeros(2, 1, 4, 4),), dynamic_shapes=(dims,)), tmp_path / "m.pt2")
+    torch.export.save(
+        torch.export.export(model, (torch.zeros(2, 1, 4, 4),), dynamic_shapes=(dims,)), tmp_path / "m.pt2"
+    )
     refused(tmp_path / "m.pt2", ShapeError, "dynamic")
     assert io.load(tmp_path / "m.pt2", input_shape=(1, 5, 4)).neurons == 20
     refused(tmp_path / "m.pt2", ShapeError, "does not fit", input_shape=(1, 5, 5))

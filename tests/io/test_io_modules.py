@@ -98,13 +98,26 @@ def test_operators_agree_with_torch(case: tuple) -> None:
     assert np.allclose(again, truth, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("function", "words"), [
-    (lambda s, x: torch.sigmoid(x), "sigmoid"), (lambda s, x: x * x, "two computed tensors"), (lambda s, x: x @ x.T, "two computed tensors"),
-    (lambda s, x: torch.softmax(x, 1), "without its final softmax"), (lambda s, x: x.clamp(0, 6), "clamps to"),
-    (lambda s, x: functional.leaky_relu(x), "leaky_relu"), (lambda s, x: x[:, :2], "slice"), (lambda s, x: x.sum(0), "batch"),
-    (lambda s, x: functional.relu6(x), "relu6"), (lambda s, x: s.weight, "does not depend"), (lambda s, x: (x, x + 1), "2 outputs"),
-    (lambda s, x: x / x, "division by a constant"), (lambda s, x: x / 0, "divides by zero"), (lambda s, x: x.half(), "casts"),
-    (lambda s, x: x + torch.relu(x)[:, :, None], "equal sizes")])
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda s, x: torch.sigmoid(x), "sigmoid"),
+        (lambda s, x: x * x, "two computed tensors"),
+        (lambda s, x: x @ x.T, "two computed tensors"),
+        (lambda s, x: torch.softmax(x, 1), "without its final softmax"),
+        (lambda s, x: x.clamp(0, 6), "clamps to"),
+        (lambda s, x: functional.leaky_relu(x), "leaky_relu"),
+        (lambda s, x: x[:, :2], "slice"),
+        (lambda s, x: x.sum(0), "batch"),
+        (lambda s, x: functional.relu6(x), "relu6"),
+        (lambda s, x: s.weight, "does not depend"),
+        (lambda s, x: (x, x + 1), "2 outputs"),
+        (lambda s, x: x / x, "division by a constant"),
+        (lambda s, x: x / 0, "divides by zero"),
+        (lambda s, x: x.half(), "casts"),
+        (lambda s, x: x + torch.relu(x)[:, :, None], "equal sizes"),
+    ],
+)
 def test_what_is_not_supported_is_named(function: Callable, words: str) -> None:
     with pytest.raises(ExactPruneError) as caught:
         io.load(Wrapped(function).eval(), input_shape=VECTOR)
@@ -122,7 +135,9 @@ def exported(model: nn.Module, example: torch.Tensor, path: Path, dynamic: bool)
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_pt2_files_with_any_batch_axis_give_the_same_network(tmp_path: Path, dynamic: bool, decomposed: bool) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(), nn.Linear(8, 3)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(), nn.Linear(8, 3)
+    ).eval()
     example = torch.randn(2 if dynamic else 1, 1, 6, 6)
     program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("b")},) if dynamic else None)
     if decomposed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +60,12 @@ def test_samples_agree_with_onnxruntime_and_come_back(name: str, tmp_path: Path)
     again = io.load(tmp_path / "out.onnx")
     assert again.sha256 == network.sha256
     assert again.interface == network.interface
-    assert [(i.name, i.shape) for i in session(path).get_inputs()] == [(i.name, i.shape) for i in session(tmp_path / "out.onnx").get_inputs()]
-    assert [(i.name, i.shape) for i in session(path).get_outputs()] == [(i.name, i.shape) for i in session(tmp_path / "out.onnx").get_outputs()]
+    assert [(i.name, i.shape) for i in session(path).get_inputs()] == [
+        (i.name, i.shape) for i in session(tmp_path / "out.onnx").get_inputs()
+    ]
+    assert [(i.name, i.shape) for i in session(path).get_outputs()] == [
+        (i.name, i.shape) for i in session(tmp_path / "out.onnx").get_outputs()
+    ]
     agrees(tmp_path / "out.onnx", x)
 
 
@@ -92,7 +97,14 @@ INTS = {"ints": np.int64}
 CASES = [
     # name, nodes, input, output, weights, opset
     ("gemm", [node("Gemm", "x w b", transB=1)], [1, 4], [1, 3], {"w": numbers(3, 4), "b": numbers(3)}, 17),
-    ("gemm scaled", [node("Gemm", "x w b", alpha=0.5, beta=3.0)], [1, 4], [1, 3], {"w": numbers(4, 3), "b": numbers(1, 3)}, 17),
+    (
+        "gemm scaled",
+        [node("Gemm", "x w b", alpha=0.5, beta=3.0)],
+        [1, 4],
+        [1, 3],
+        {"w": numbers(4, 3), "b": numbers(1, 3)},
+        17,
+    ),
     ("gemm without bias", [node("Gemm", "x w")], ["n", 4], ["n", 3], {"w": numbers(4, 3)}, 17),
     ("gemm from the left", [node("Gemm", "w x b")], [4, 1], [3, 1], {"w": numbers(3, 4), "b": numbers(3, 1)}, 17),
     ("gemm turned", [node("Gemm", "x w b", transA=1)], [4, 1], [1, 3], {"w": numbers(4, 3), "b": numbers(3)}, 17),
@@ -105,13 +117,25 @@ CASES = [
     ("matmul vector", [node("MatMul", "x w")], [4], [3], {"w": numbers(4, 3)}, 17),
     ("matmul with a vector", [node("MatMul", "x w")], [1, 4], [1], {"w": numbers(4)}, 17),
     ("matmul deep", [node("MatMul", "x w")], [1, 1, 1, 4], [1, 1, 1, 3], {"w": numbers(4, 3)}, 17),
-    ("matmul add", [helper.make_node("MatMul", ["x", "w"], ["h"]), node("Add", "b h")], [1, 1, 4], [1, 1, 3],
-     {"w": numbers(4, 3), "b": numbers(1, 3)}, 17),
+    (
+        "matmul add",
+        [helper.make_node("MatMul", ["x", "w"], ["h"]), node("Add", "b h")],
+        [1, 1, 4],
+        [1, 1, 3],
+        {"w": numbers(4, 3), "b": numbers(1, 3)},
+        17,
+    ),
     ("no batch axis", [node("Relu", "x")], [4], [4], {}, 17),
     ("sub", [node("Sub", "x c")], [1, 2, 3], [1, 2, 3], {"c": numbers(3)}, 17),
     ("sub from", [node("Sub", "c x")], [1, 2, 3], [1, 2, 3], {"c": numbers(1, 2, 1)}, 17),
-    ("mul add", [helper.make_node("Mul", ["x", "m"], ["h"]), node("Add", "h c")], [1, 2, 3], [1, 2, 3],
-     {"m": numbers(2, 1), "c": numbers(2, 1)}, 17),
+    (
+        "mul add",
+        [helper.make_node("Mul", ["x", "m"], ["h"]), node("Add", "h c")],
+        [1, 2, 3],
+        [1, 2, 3],
+        {"m": numbers(2, 1), "c": numbers(2, 1)},
+        17,
+    ),
     ("div", [node("Div", "x c")], [1, 4], [1, 4], {"c": np.array([1, 3, -7, 0.3], np.float32)}, 17),
     ("neg", [node("Neg", "x")], [1, 4], [1, 4], {}, 17),
     ("twice", [node("Add", "x x")], [1, 4], [1, 4], {}, 17),
@@ -120,27 +144,111 @@ CASES = [
     ("clip", [node("Clip", "x z")], [1, 4], [1, 4], {"z": np.zeros((), np.float32)}, 17),
     ("clip old", [node("Clip", "x", min=0.0)], [1, 4], [1, 4], {}, 9),
     ("max", [node("Max", "x z")], [1, 4], [1, 4], {"z": np.zeros((), np.float32)}, 17),
-    ("conv", [node("Conv", "x w b", pads=[1, 0, 2, 1], strides=[2, 1], dilations=[1, 2])], [1, 2, 7, 7], None,
-     {"w": numbers(3, 2, 3, 2), "b": numbers(3)}, 17),
+    (
+        "conv",
+        [node("Conv", "x w b", pads=[1, 0, 2, 1], strides=[2, 1], dilations=[1, 2])],
+        [1, 2, 7, 7],
+        None,
+        {"w": numbers(3, 2, 3, 2), "b": numbers(3)},
+        17,
+    ),
     ("conv groups", [node("Conv", "x w", group=2)], [1, 4, 5, 5], None, {"w": numbers(6, 2, 3, 3)}, 17),
-    ("conv same upper", [node("Conv", "x w", auto_pad="SAME_UPPER", strides=[2, 2])], [1, 1, 6, 7], None, {"w": numbers(1, 1, 3, 2)}, 17),
-    ("conv same lower", [node("Conv", "x w", auto_pad="SAME_LOWER")], [1, 1, 6, 7], None, {"w": numbers(1, 1, 2, 4)}, 17),
+    (
+        "conv same upper",
+        [node("Conv", "x w", auto_pad="SAME_UPPER", strides=[2, 2])],
+        [1, 1, 6, 7],
+        None,
+        {"w": numbers(1, 1, 3, 2)},
+        17,
+    ),
+    (
+        "conv same lower",
+        [node("Conv", "x w", auto_pad="SAME_LOWER")],
+        [1, 1, 6, 7],
+        None,
+        {"w": numbers(1, 1, 2, 4)},
+        17,
+    ),
     ("conv valid", [node("Conv", "x w", auto_pad="VALID")], [1, 1, 6, 7], None, {"w": numbers(1, 1, 2, 4)}, 17),
     ("conv 1-D", [node("Conv", "x w b", pads=[1, 2])], [1, 2, 7], None, {"w": numbers(3, 2, 3), "b": numbers(3)}, 17),
-    ("conv add", [helper.make_node("Conv", ["x", "w"], ["h"]), node("Add", "h b")], [1, 2, 5, 5], None,
-     {"w": numbers(3, 2, 3, 3), "b": numbers(1, 3, 1, 1)}, 17),
-    ("norm", [node("BatchNormalization", "x g b m v", epsilon=0.01)], [1, 3, 4, 4], [1, 3, 4, 4],
-     {"g": numbers(3), "b": numbers(3, seed=1), "m": numbers(3, seed=2), "v": numbers(3, seed=3) ** 2}, 17),
-    ("conv norm", [helper.make_node("Conv", ["x", "w"], ["h"]), node("BatchNormalization", "h g b m v")], [1, 2, 5, 5], None,
-     {"w": numbers(3, 2, 3, 3), "g": numbers(3), "b": numbers(3, seed=1), "m": numbers(3, seed=2), "v": numbers(3, seed=3) ** 2}, 17),
-    ("conv 1-D norm", [helper.make_node("Conv", ["x", "w"], ["h"]), node("BatchNormalization", "h g b m v")], [1, 2, 5], None,
-     {"w": numbers(3, 2, 3), "g": numbers(3), "b": numbers(3, seed=1), "m": numbers(3, seed=2), "v": numbers(3, seed=3) ** 2}, 17),
-    ("max pool", [node("MaxPool", "x", kernel_shape=[3, 2], strides=[2, 1], pads=[1, 0, 1, 1])], [1, 2, 6, 6], None, {}, 17),
-    ("max pool ceil", [node("MaxPool", "x", kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)], [1, 2, 6, 6], None, {}, 17),
+    (
+        "conv add",
+        [helper.make_node("Conv", ["x", "w"], ["h"]), node("Add", "h b")],
+        [1, 2, 5, 5],
+        None,
+        {"w": numbers(3, 2, 3, 3), "b": numbers(1, 3, 1, 1)},
+        17,
+    ),
+    (
+        "norm",
+        [node("BatchNormalization", "x g b m v", epsilon=0.01)],
+        [1, 3, 4, 4],
+        [1, 3, 4, 4],
+        {"g": numbers(3), "b": numbers(3, seed=1), "m": numbers(3, seed=2), "v": numbers(3, seed=3) ** 2},
+        17,
+    ),
+    (
+        "conv norm",
+        [helper.make_node("Conv", ["x", "w"], ["h"]), node("BatchNormalization", "h g b m v")],
+        [1, 2, 5, 5],
+        None,
+        {
+            "w": numbers(3, 2, 3, 3),
+            "g": numbers(3),
+            "b": numbers(3, seed=1),
+            "m": numbers(3, seed=2),
+            "v": numbers(3, seed=3) ** 2,
+        },
+        17,
+    ),
+    (
+        "conv 1-D norm",
+        [helper.make_node("Conv", ["x", "w"], ["h"]), node("BatchNormalization", "h g b m v")],
+        [1, 2, 5],
+        None,
+        {
+            "w": numbers(3, 2, 3),
+            "g": numbers(3),
+            "b": numbers(3, seed=1),
+            "m": numbers(3, seed=2),
+            "v": numbers(3, seed=3) ** 2,
+        },
+        17,
+    ),
+    (
+        "max pool",
+        [node("MaxPool", "x", kernel_shape=[3, 2], strides=[2, 1], pads=[1, 0, 1, 1])],
+        [1, 2, 6, 6],
+        None,
+        {},
+        17,
+    ),
+    (
+        "max pool ceil",
+        [node("MaxPool", "x", kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)],
+        [1, 2, 6, 6],
+        None,
+        {},
+        17,
+    ),
     ("max pool dilated", [node("MaxPool", "x", kernel_shape=[2, 2], dilations=[2, 2])], [1, 2, 6, 6], None, {}, 17),
     ("max pool 1-D", [node("MaxPool", "x", kernel_shape=[3], strides=[2])], [1, 2, 7], None, {}, 17),
-    ("avg pool", [node("AveragePool", "x", kernel_shape=[3, 2], strides=[2, 1], pads=[1, 0, 1, 1])], [1, 2, 6, 6], None, {}, 17),
-    ("avg pool counting", [node("AveragePool", "x", kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad=1)], [1, 2, 6, 6], None, {}, 17),
+    (
+        "avg pool",
+        [node("AveragePool", "x", kernel_shape=[3, 2], strides=[2, 1], pads=[1, 0, 1, 1])],
+        [1, 2, 6, 6],
+        None,
+        {},
+        17,
+    ),
+    (
+        "avg pool counting",
+        [node("AveragePool", "x", kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad=1)],
+        [1, 2, 6, 6],
+        None,
+        {},
+        17,
+    ),
     ("global avg", [node("GlobalAveragePool", "x")], [1, 2, 5, 6], None, {}, 17),
     ("global max", [node("GlobalMaxPool", "x")], [1, 2, 5, 6], None, {}, 17),
     ("mean", [node("ReduceMean", "x", axes=[2, 3], keepdims=0)], [1, 2, 5, 6], None, {}, 17),
@@ -151,23 +259,68 @@ CASES = [
     ("flatten 2", [node("Flatten", "x", axis=2)], [1, 2, 5], None, {}, 17),
     ("reshape", [node("Reshape", "x s")], [1, 2, 6], None, {"s": np.array([0, 3, -1])}, 17),
     ("transpose", [node("Transpose", "x", perm=[0, 2, 3, 1])], [1, 2, 3, 4], None, {}, 17),
-    ("transpose batch", [helper.make_node("Transpose", ["x"], ["t"]), node("MatMul", "w t")], [1, 4], [3, 1], {"w": numbers(3, 4)}, 17),
+    (
+        "transpose batch",
+        [helper.make_node("Transpose", ["x"], ["t"]), node("MatMul", "w t")],
+        [1, 4],
+        [3, 1],
+        {"w": numbers(3, 4)},
+        17,
+    ),
     ("squeeze", [node("Squeeze", "x a")], [1, 2, 1, 3], None, {"a": np.array([2])}, 17),
     ("squeeze all", [node("Squeeze", "x")], [1, 2, 1, 3], [2, 3], {}, 17),
     ("squeeze old", [node("Squeeze", "x", axes=[1])], [1, 1, 3], None, {}, 9),
     ("unsqueeze", [node("Unsqueeze", "x a")], [1, 3], None, {"a": np.array([1, -1])}, 17),
-    ("pad", [node("Pad", "x p v")], [1, 2, 3], None, {"p": np.array([0, 1, 2, 0, 0, 1]), "v": np.array(0.5, np.float32)}, 17),
+    (
+        "pad",
+        [node("Pad", "x p v")],
+        [1, 2, 3],
+        None,
+        {"p": np.array([0, 1, 2, 0, 0, 1]), "v": np.array(0.5, np.float32)},
+        17,
+    ),
     ("pad old", [node("Pad", "x", pads=[0, 1, 2, 0, 0, 1])], [1, 2, 3], None, {}, 9),
     ("concat", [helper.make_node("Relu", ["x"], ["h"]), node("Concat", "x h x", axis=1)], [1, 2, 3], [1, 6, 3], {}, 17),
     ("dropout", [node("Dropout", "x")], [1, 3], None, {}, 17),
     ("identity", [node("Identity", "x")], [1, 3], None, {}, 17),
-    ("cast", [helper.make_node("Cast", ["x"], ["h"], to=TensorProto.DOUBLE), node("Cast", "h", to=TensorProto.FLOAT)], [1, 3], None, {}, 17),
-    ("constant", [helper.make_node("Constant", [], ["c"], value_floats=[1.0, 2.0, 3.0]), node("Add", "x c")], [1, 3], None, {}, 17),
-    ("weight turned", [helper.make_node("Transpose", ["w"], ["t"]), node("MatMul", "x t")], [1, 4], None, {"w": numbers(3, 4)}, 17),
-    ("shape chain", [helper.make_node("Shape", ["x"], ["s"]), helper.make_node("Gather", ["s", "zero"], ["n"]),
-                     helper.make_node("Unsqueeze", ["n", "axis"], ["u"]), helper.make_node("Concat", ["u", "minus"], ["r"], axis=0),
-                     node("Reshape", "x r")], ["n", 2, 3], None,
-     {"zero": np.array(0), "axis": np.array([0]), "minus": np.array([-1])}, 17),
+    (
+        "cast",
+        [helper.make_node("Cast", ["x"], ["h"], to=TensorProto.DOUBLE), node("Cast", "h", to=TensorProto.FLOAT)],
+        [1, 3],
+        None,
+        {},
+        17,
+    ),
+    (
+        "constant",
+        [helper.make_node("Constant", [], ["c"], value_floats=[1.0, 2.0, 3.0]), node("Add", "x c")],
+        [1, 3],
+        None,
+        {},
+        17,
+    ),
+    (
+        "weight turned",
+        [helper.make_node("Transpose", ["w"], ["t"]), node("MatMul", "x t")],
+        [1, 4],
+        None,
+        {"w": numbers(3, 4)},
+        17,
+    ),
+    (
+        "shape chain",
+        [
+            helper.make_node("Shape", ["x"], ["s"]),
+            helper.make_node("Gather", ["s", "zero"], ["n"]),
+            helper.make_node("Unsqueeze", ["n", "axis"], ["u"]),
+            helper.make_node("Concat", ["u", "minus"], ["r"], axis=0),
+            node("Reshape", "x r"),
+        ],
+        ["n", 2, 3],
+        None,
+        {"zero": np.array(0), "axis": np.array([0]), "minus": np.array([-1])},
+        17,
+    ),
 ]
 
 
@@ -199,15 +352,22 @@ def test_a_constant_after_a_product_is_its_bias(tmp_path: Path) -> None:
 
 
 def test_but_not_where_the_product_has_other_readers(tmp_path: Path) -> None:
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Add", ["h", "b"], ["k"]), node("Add", "h k")]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Add", ["h", "b"], ["k"]),
+        node("Add", "h k"),
+    ]
     path = written(tmp_path, nodes, [1, 4], [1, 3], {"w": numbers(4, 3), "b": numbers(3)})
     assert [n.op.kind for n in io.load(path).nodes] == ["Affine", "Scale", "Add"]
     agrees(path, numbers(3, 4, seed=4))
 
 
 def test_a_norm_is_not_folded_where_the_layer_has_other_readers(tmp_path: Path) -> None:
-    nodes = [helper.make_node("Conv", ["x", "w"], ["h"]), helper.make_node("BatchNormalization", ["h", "g", "b", "m", "v"], ["k"]),
-             node("Add", "h k")]
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["h"]),
+        helper.make_node("BatchNormalization", ["h", "g", "b", "m", "v"], ["k"]),
+        node("Add", "h k"),
+    ]
     weights = {"w": numbers(2, 1, 2, 2)} | {n: np.abs(numbers(2, seed=i)) for i, n in enumerate("gbmv")}
     path = written(tmp_path, nodes, [1, 1, 3, 3], None, weights)
     assert [n.op.kind for n in io.load(path).nodes] == ["Conv2d", "Scale", "Add"]
@@ -240,20 +400,35 @@ def test_an_inexact_reciprocal_is_noted(tmp_path: Path) -> None:
 
 
 def test_old_opsets_are_converted(tmp_path: Path) -> None:
-    nodes = [helper.make_node("Gemm", ["x", "w", "b"], ["h"], broadcast=1), helper.make_node("Relu", ["h"], ["k"]),
-             helper.make_node("Dropout", ["k"], ["d"], is_test=1), helper.make_node("Add", ["d", "b"], ["y"], broadcast=1)]
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "b"], ["h"], broadcast=1),
+        helper.make_node("Relu", ["h"], ["k"]),
+        helper.make_node("Dropout", ["k"], ["d"], is_test=1),
+        helper.make_node("Add", ["d", "b"], ["y"], broadcast=1),
+    ]
     network = io.load(written(tmp_path, nodes, [1, 4], [1, 3], {"w": numbers(4, 3), "b": numbers(3)}, 6))
     x = numbers(5, 4, seed=2)
     assert np.allclose(network.evaluate(x), np.maximum(x @ numbers(4, 3) + numbers(3), 0) + numbers(3), atol=1e-6)
 
 
 def test_local_functions_are_inlined(tmp_path: Path) -> None:
-    body = helper.make_function("own", "Twice", ["a"], ["b"], [helper.make_node("Relu", ["a"], ["h"]), helper.make_node("Add", ["h", "h"], ["b"])],
-                                [helper.make_opsetid("", 17)])
+    body = helper.make_function(
+        "own",
+        "Twice",
+        ["a"],
+        ["b"],
+        [helper.make_node("Relu", ["a"], ["h"]), helper.make_node("Add", ["h", "h"], ["b"])],
+        [helper.make_opsetid("", 17)],
+    )
     graph = helper.make_graph([helper.make_node("Twice", ["x"], ["y"], domain="own")], "g",
                               [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3])],
                               [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 3])])
-    model = helper.make_model(graph, functions=[body], ir_version=8, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("own", 1)])
+    model = helper.make_model(
+        graph,
+        functions=[body],
+        ir_version=8,
+        opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("own", 1)],
+    )
     onnx.save(model, tmp_path / "m.onnx")
     agrees(tmp_path / "m.onnx", numbers(3, 3))
 
@@ -286,8 +461,12 @@ def residual() -> nn.Module:
 @pytest.mark.parametrize("dynamo", [False, True])
 def test_what_pytorch_exports_is_read(tmp_path: Path, dynamo: bool) -> None:
     model, x = residual(), torch.randn(3, 2, 6, 6)
-    options: dict = {"dynamic_shapes": ({0: torch.export.Dim("n")},)} if dynamo else {"dynamic_axes": {"image": {0: "n"}}}
-    torch.onnx.export(model, (x,), tmp_path / "m.onnx", dynamo=dynamo, input_names=["image"], output_names=["scores"], **options)
+    options: dict = (
+        {"dynamic_shapes": ({0: torch.export.Dim("n")},)} if dynamo else {"dynamic_axes": {"image": {0: "n"}}}
+    )
+    torch.onnx.export(
+        model, (x,), tmp_path / "m.onnx", dynamo=dynamo, input_names=["image"], output_names=["scores"], **options
+    )
     network = io.load(tmp_path / "m.onnx")
     with torch.no_grad():
         truth = model(x).numpy()
@@ -310,8 +489,10 @@ def test_a_dag_comes_back_in_every_format(tmp_path: Path) -> None:
 
 def layers(*widths: int) -> list[Node]:
     """Affine layers of these widths, zeros allowed."""
-    pairs = zip(widths, widths[1:], strict=False)
-    return [Node(f"l{i}", Affine(numbers(b, a, seed=i), numbers(b, seed=9 + i)), (i - 1,)) for i, (a, b) in enumerate(pairs)]
+    pairs = pairwise(widths)
+    return [
+        Node(f"l{i}", Affine(numbers(b, a, seed=i), numbers(b, seed=9 + i)), (i - 1,)) for i, (a, b) in enumerate(pairs)
+    ]
 
 
 @pytest.mark.parametrize("name", ["out.onnx", "out.pt", "out.pt2"])
@@ -330,9 +511,17 @@ def test_empty_images_can_be_saved(tmp_path: Path, name: str) -> None:
     empty = Conv2d(np.zeros((0, 2, 3, 3), np.float32), np.zeros(0, np.float32), padding=(1, 1, 1, 1))
     full = Conv2d(np.zeros((3, 0, 1, 1), np.float32), numbers(3))
     scale = Scale(np.zeros((0, 1, 1), np.float32), np.zeros((0, 1, 1), np.float32))
-    nodes = [Node("a", empty, (INPUT,)), Node("s", scale, (0,)), Node("b", full, (1,)), Node("c", Conv2d(numbers(3, 2, 1, 1), numbers(3)), (INPUT,)),
-             Node("d", Add(), (2, 3)), Node("r", Reshape((0,)), (1,)), Node("e", Affine(np.zeros((48, 0), np.float32), numbers(48)), (5,)),
-             Node("q", Reshape((3, 4, 4)), (6,)), Node("f", Add(), (4, 7))]
+    nodes = [
+        Node("a", empty, (INPUT,)),
+        Node("s", scale, (0,)),
+        Node("b", full, (1,)),
+        Node("c", Conv2d(numbers(3, 2, 1, 1), numbers(3)), (INPUT,)),
+        Node("d", Add(), (2, 3)),
+        Node("r", Reshape((0,)), (1,)),
+        Node("e", Affine(np.zeros((48, 0), np.float32), numbers(48)), (5,)),
+        Node("q", Reshape((3, 4, 4)), (6,)),
+        Node("f", Add(), (4, 7)),
+    ]
     network = build(nodes, (2, 4, 4), np.float32)
     io.save(network, tmp_path / name)
     x = numbers(2, 2, 4, 4, seed=3)
@@ -358,7 +547,11 @@ def test_scales_have_a_sequential_form(tmp_path: Path) -> None:
         io.save(network, tmp_path / "out.pt")
         x = numbers(3, *shape, seed=2)
         assert np.allclose(io.load(tmp_path / "out.pt", input_shape=shape).evaluate(x), network.evaluate(x), rtol=1e-6)
-        assert np.allclose(torch.load(tmp_path / "out.pt", weights_only=False)(torch.from_numpy(x)).detach(), network.evaluate(x), rtol=1e-6)
+        assert np.allclose(
+            torch.load(tmp_path / "out.pt", weights_only=False)(torch.from_numpy(x)).detach(),
+            network.evaluate(x),
+            rtol=1e-6,
+        )
 
 
 def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

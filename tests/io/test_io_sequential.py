@@ -20,8 +20,23 @@ from exactprune.io.torch_export import to_sequential
 from exactprune.ops import Scale
 
 torch.set_num_threads(1)
-ALLOWED = [nn.Sequential, nn.Linear, nn.Conv2d, nn.ReLU, nn.Flatten, nn.Unflatten, nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool2d,
-           nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Identity, nn.ZeroPad2d, nn.ConstantPad2d]
+ALLOWED = [
+    nn.Sequential,
+    nn.Linear,
+    nn.Conv2d,
+    nn.ReLU,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.Dropout,
+    nn.Identity,
+    nn.ZeroPad2d,
+    nn.ConstantPad2d,
+]
 
 
 def statistics(norm: nn.Module) -> nn.Module:
@@ -47,8 +62,18 @@ def image_layers(draw: st.DrawFn, channels: int, side: int) -> tuple[list[nn.Mod
             padding = draw(st.sampled_from([0, 1, "same", (0, 1)]))
             stride = 1 if padding == "same" else draw(st.integers(1, 2))
             dilation = draw(st.integers(1, 2)) if side >= 5 else 1
-            layers.append(nn.Conv2d(channels, outputs, draw(st.sampled_from([1, 2, 3])) if side >= 3 else 1, stride, padding,
-                                    dilation, groups, bias=draw(st.booleans())))
+            layers.append(
+                nn.Conv2d(
+                    channels,
+                    outputs,
+                    draw(st.sampled_from([1, 2, 3])) if side >= 3 else 1,
+                    stride,
+                    padding,
+                    dilation,
+                    groups,
+                    bias=draw(st.booleans()),
+                )
+            )
             channels = outputs
         elif kind == "pad":
             layers.append(draw(st.sampled_from([nn.ZeroPad2d((0, 1, 2, 0)), nn.ConstantPad2d(1, 0.5)])))
@@ -110,8 +135,12 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @given(sequentials(), st.booleans())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
-def test_random_sequentials_agree_and_come_back(tmp_path: Path, drawn: tuple[nn.Sequential, tuple[int, ...]], double: bool) -> None:
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+def test_random_sequentials_agree_and_come_back(
+    tmp_path: Path, drawn: tuple[nn.Sequential, tuple[int, ...]], double: bool
+) -> None:
     model, shape = drawn
     model = model.double() if double else model
     network = io.load(saved(model, tmp_path), input_shape=shape)
@@ -163,15 +192,21 @@ def asymmetric(network) -> bool:
 
 
 @given(sequentials())
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
-def test_a_module_and_its_file_give_the_same_network(tmp_path: Path, drawn: tuple[nn.Sequential, tuple[int, ...]]) -> None:
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+def test_a_module_and_its_file_give_the_same_network(
+    tmp_path: Path, drawn: tuple[nn.Sequential, tuple[int, ...]]
+) -> None:
     model, shape = drawn
     assert io.load(model, input_shape=shape).sha256 == io.load(saved(model, tmp_path), input_shape=shape).sha256
 
 
 def test_batch_norm_is_folded_in_the_documented_order(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), statistics(nn.BatchNorm1d(4)), nn.ReLU(), statistics(nn.BatchNorm1d(4))).eval()
+    model = nn.Sequential(
+        nn.Linear(3, 4), statistics(nn.BatchNorm1d(4)), nn.ReLU(), statistics(nn.BatchNorm1d(4))
+    ).eval()
     network = io.load(saved(model, tmp_path))
     w, b, g, be, m, v = (t.detach().double().numpy() for t in (
         model[0].weight, model[0].bias, model[1].weight, model[1].bias, model[1].running_mean, model[1].running_var))

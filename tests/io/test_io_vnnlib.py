@@ -22,13 +22,18 @@ def box_of(text: str, folder: Path):
     return io.load_vnnlib(folder / "p.vnnlib")
 
 
-@pytest.mark.parametrize("body", [
-    "(assert (<= X_0 2)) (assert (>= X_0 -1)) (assert (<= X_1 0.5)) (assert (>= X_1 -5e-1))",
-    "(assert (>= 2 X_0)) (assert (<= -1.0 X_0)) (assert (>= 0.5 X_1)) (assert (<= -0.5 X_1))",
-    "(assert (and (<= X_0 2.) (>= X_0 -1) (<= X_1 .5) (>= X_1 (- 0.5))))",
-    "(assert (or (and (<= X_0 2) (>= X_0 -1) (<= X_1 5e-1) (>= X_1 -5.0E-1))))",
-    "(assert (<= X_0 7)) (assert (<= X_0 +2)) ; (assert (<= X_0 0))\n (assert (>= X_0 -1)) (assert (<= X_1 0.5)) (assert (>= X_1 -0.5))",
-    "(assert (< X_0 2)) (assert (> X_0 -1)) (assert (and (and (<= X_1 0.5)) (>= X_1 -0.5)))"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "(assert (<= X_0 2)) (assert (>= X_0 -1)) (assert (<= X_1 0.5)) (assert (>= X_1 -5e-1))",
+        "(assert (>= 2 X_0)) (assert (<= -1.0 X_0)) (assert (>= 0.5 X_1)) (assert (<= -0.5 X_1))",
+        "(assert (and (<= X_0 2.) (>= X_0 -1) (<= X_1 .5) (>= X_1 (- 0.5))))",
+        "(assert (or (and (<= X_0 2) (>= X_0 -1) (<= X_1 5e-1) (>= X_1 -5.0E-1))))",
+        "(assert (<= X_0 7)) (assert (<= X_0 +2)) ; (assert (<= X_0 0))\n (assert (>= X_0 -1))"
+        "(assert (<= X_1 0.5)) (assert (>= X_1 -0.5))",
+        "(assert (< X_0 2)) (assert (> X_0 -1)) (assert (and (and (<= X_1 0.5)) (>= X_1 -0.5)))",
+    ],
+)
 def test_every_way_to_write_a_box(tmp_path: Path, body: str) -> None:
     box = box_of(HEAD + body + "(assert (or (and (<= Y_0 1)) (and (>= Y_0 2))))", tmp_path)
     assert box.lower.tolist() == [-1, -0.5]
@@ -41,11 +46,20 @@ def test_an_equality_is_a_point(tmp_path: Path) -> None:
     assert box.lower.tolist() == box.upper.tolist() == [0.1, 2]
 
 
-@given(st.lists(st.tuples(st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False)), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.tuples(st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False)),
+        min_size=1,
+        max_size=5,
+    )
+)
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_numbers_come_back_to_the_bit(tmp_path: Path, pairs: list[tuple[float, float]]) -> None:
     pairs = [(min(p), max(p)) for p in pairs]
-    text = "".join(f"(declare-const X_{i} Real)(assert (>= X_{i} {low!r}))(assert (<= X_{i} {high!r}))" for i, (low, high) in enumerate(pairs))
+    text = "".join(
+        f"(declare-const X_{i} Real)(assert (>= X_{i} {low!r}))(assert (<= X_{i} {high!r}))"
+        for i, (low, high) in enumerate(pairs)
+    )
     box = box_of(text, tmp_path)
     assert [tuple(p) for p in zip(box.lower.tolist(), box.upper.tolist(), strict=True)] == pairs
 
@@ -93,7 +107,9 @@ PAIRS = [("ACASXU_run2a_1_1_batch_2000", f"acasxu-prop_{i}") for i in (1, 2, 3, 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="sample networks are not here (EXACTPRUNE_SHARED)")
 @pytest.mark.parametrize(("net", "prop"), PAIRS)
 def test_sample_boxes_fit_their_networks(net: str, prop: str) -> None:
-    box = io.load_vnnlib(SHARED / "nets" / f"{prop}.vnnlib").reshaped(io.load(SHARED / "nets" / f"{net}.onnx").input_shape)
+    box = io.load_vnnlib(SHARED / "nets" / f"{prop}.vnnlib").reshaped(
+        io.load(SHARED / "nets" / f"{net}.onnx").input_shape
+    )
     assert np.all(box.lower <= box.upper)
     text = (SHARED / "nets" / f"{prop}.vnnlib").read_text()
     assert repr(float(box.upper.flat[0])) in text or f"{box.upper.flat[0]:g}" in text
