@@ -6,6 +6,7 @@ later ``--resume`` goes on), 4 a fault in exactprune itself.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import traceback
@@ -96,7 +97,9 @@ def run(arguments: Sequence[str]) -> int:
     """The exit code of one command line; every error is one line on stderr."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _code(app(list(arguments) or ["--help"], exit_on_error=False, print_error=False))
+        code = _code(app(list(arguments) or ["--help"], exit_on_error=False, print_error=False))
+        sys.stdout.flush()
+        return code
     except (ExactPruneError, CycloptsError) as error:
         return _fail(str(error), MISUSE)
     except OSError as error:
@@ -113,8 +116,8 @@ def _code(value: Any) -> int:
 
 
 def _os_error(error: OSError) -> int:
-    if isinstance(error, BrokenPipeError):
-        sys.stderr.close()
+    if isinstance(error, BrokenPipeError):  # the reader of our output left; what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     return _fail(f"{error.filename or 'file'}: {error.strerror or error}", MISUSE)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -190,3 +191,13 @@ def test_compress_refuses_a_format_that_cannot_hold_the_model_before_the_work(he
     code, _, err = cli("compress", "m.pt", "-o", "small.pt")
     assert code == 2 and "write .onnx or .pt2" in err
     assert [p.name for p in here.iterdir()] == ["m.pt"]
+
+
+def test_a_reader_that_leaves_early_is_no_error(here, model):
+    """exactprune ... | true"""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "exactprune", "verify", "m.pt"]
+    done = subprocess.run(command, cwd=here, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
