@@ -30,19 +30,19 @@ def certificate_bound(
     affine = [n.op for n in network.nodes if isinstance(n.op, Affine)]
     v, total = sign * affine[layer].weight[neuron], sign * float(affine[layer].bias[neuron])
     for j in reversed(range(layer)):
-        l, u = low[j], high[j]
+        lo, hi = low[j], high[j]
         with np.errstate(divide="ignore", invalid="ignore"):
-            fixed = np.where(v >= 0, v * u / (u - l), np.where(u > -l, v, 0.0))
-        a = np.where(u <= 0, 0.0, np.where(l >= 0, v, fixed))
+            fixed = np.where(v >= 0, v * hi / (hi - lo), np.where(hi > -lo, v, 0.0))
+        a = np.where(hi <= 0, 0.0, np.where(lo >= 0, v, fixed))
         if j in multipliers:
-            dense = multipliers[j].dense(l.size)
+            dense = multipliers[j].dense(lo.size)
             a = np.where(np.isnan(dense), a, dense)
 
         def left(t: np.ndarray, v: np.ndarray = v, a: np.ndarray = a) -> np.ndarray:
             return v * np.maximum(t, 0) - a * t
 
-        c = np.maximum(left(l), left(u))
-        total += np.where((l < 0) & (u > 0), np.maximum(c, 0), c).sum() + a @ affine[j].bias
+        c = np.maximum(left(lo), left(hi))
+        total += np.where((lo < 0) & (hi > 0), np.maximum(c, 0), c).sum() + a @ affine[j].bias
         v = a @ affine[j].weight
     return total + np.maximum(v * box.lower, v * box.upper).sum()
 
