@@ -71,7 +71,8 @@ def finish(state: State, nodes: Sequence[Node], output: int, layers: dict[int, i
     old = state.network
     if output == INPUT:
         nodes, output = [*nodes, Node("identity", Reshape(old.input_shape), (INPUT,))], len(nodes)
-    network = build(nodes, old.input_shape, old.dtype, output=output, name=old.name, notes=old.notes)
+    network = build(nodes, old.input_shape, old.dtype, output=output, name=old.name, notes=old.notes,
+                    interface=old.interface)
     alive = [k for position, k in sorted(layers.items()) if position in _ancestors(nodes, output)]
     verdicts = tuple(_restricted(state.verdicts[k], *kept[k], number, network) for number, k in enumerate(alive))
     origin = tuple((state.origin[k][0], state.origin[k][1][kept[k][1]]) for k in alive)

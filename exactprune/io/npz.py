@@ -65,7 +65,7 @@ def load_npz(path: Path) -> Network:
     return network
 
 
-def _network(graph: Mapping[str, object], arrays: Mapping[str, np.ndarray], stem: str) -> Network:
+def _network(graph: Mapping[str, Any], arrays: Mapping[str, np.ndarray], stem: str) -> Network:
     if graph["format"] != FORMAT:
         raise LoadError(f"has format {graph['format']!r}, this version reads {FORMAT}")
     items, shape = graph["nodes"], graph["input_shape"]

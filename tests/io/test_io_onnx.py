@@ -580,3 +580,13 @@ def test_importing_loads_neither_torch_nor_onnx() -> None:
 
     code = "import sys, exactprune.io; sys.exit(any(m in sys.modules for m in ('torch', 'onnx')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_pt_files_are_read_without_torch(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    torch.save(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), tmp_path / "m.pt")
+    code = "import sys; from exactprune import io; print(io.load(sys.argv[1]).neurons, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "m.pt"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False"]
