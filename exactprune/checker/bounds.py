@@ -15,7 +15,18 @@ import numpy as np
 
 from exactprune.checker import dyadic
 from exactprune.checker.dyadic import Array, Dyadic
-from exactprune.checker.layers import BITS, Layer, Linear, MaxPool, ReLU, interval, layers, rounding_cost, support
+from exactprune.checker.layers import (
+    BITS,
+    Interval,
+    Layer,
+    Linear,
+    MaxPool,
+    ReLU,
+    interval,
+    layers,
+    rounding_cost,
+    support,
+)
 from exactprune.checker.layers import gather_constants as constants
 from exactprune.checker.network import INPUT, CheckError, Network
 
@@ -45,26 +56,46 @@ class Multipliers:
         return Multipliers(self.values[part], self.shift[part], self.given[part])
 
 
+Pair = tuple[Array, Array]
+
+
 @dataclass(frozen=True, eq=False)
 class Region:
-    """Where rows of a batch live: the input box and bounds of earlier layers, one for all rows (1, ...) or one per row.
+    """Where the rows of a batch live: boxes of inputs with bounds of earlier layers, ``entries`` of them.
 
     Attributes:
-        box: lower and upper of the input, (1 or rows, *input shape).
-        relu: ReLU layer -> lower and upper pre-activation bounds, (1 or rows, neurons).
-        pool: max pool node -> lower and upper bounds of its input, (1 or rows, *shape).
+        box: lower and upper of the input, (1 or entries, *input shape).
+        relu: ReLU layer -> lower and upper pre-activation bounds, (1 or entries, neurons).
+        pool: max pool node -> lower and upper bounds of its input, (1 or entries, *shape).
+        index: the entry of every row; None if row i has entry i, or there is only one.
     """
 
-    box: tuple[Array, Array]
-    relu: Mapping[int, tuple[Array, Array]]
-    pool: Mapping[int, tuple[Array, Array]]
+    box: Pair
+    relu: Mapping[int, Pair]
+    pool: Mapping[int, Pair]
+    index: Array | None = None
 
-    def rows(self, part: slice | Array) -> Region:
-        """The region for some of the rows."""
-        def take(pair: tuple[Array, Array]) -> tuple[Array, Array]:
-            return pair if len(pair[0]) == 1 else (pair[0][part], pair[1][part])
+    def rows(self, part: slice | Array, count: int) -> Region:
+        """The region for some of its ``count`` rows, without the entries that they do not use."""
+        index = (np.arange(count) if self.index is None else self.index)[part]
+        used, place = np.unique(index, return_inverse=True)
 
-        return Region(take(self.box), {k: take(p) for k, p in self.relu.items()}, {k: take(p) for k, p in self.pool.items()})
+        def take(pair: Pair) -> Pair:
+            return pair if len(pair[0]) == 1 else (pair[0][used], pair[1][used])
+
+        relu, pool = ({k: take(p) for k, p in pairs.items()} for pairs in (self.relu, self.pool))
+        plain = len(used) == len(index) and bool((used == index).all())
+        return Region(take(self.box), relu, pool, None if plain else place)
+
+    def pick(self, entries: Array) -> Array:
+        """What belongs to every row, from what belongs to every entry; (1 or rows, ...)."""
+        return entries if len(entries) == 1 or self.index is None else entries[self.index]
+
+    def interval(self, pair: Pair, exact: bool) -> Interval:
+        """Bounds as integers, flat, one row each (or one for all)."""
+        lower, upper = (b.reshape(len(b), -1) for b in pair)
+        found = interval(lower, upper, exact)
+        return Interval(self.pick(found.low), self.pick(found.high), self.pick(found.exponent))
 
 
 @dataclass(eq=False)
@@ -136,7 +167,7 @@ class Bounds:
         close = close[np.argsort(values[close], kind="stable")][:EXACT_ROWS]
         if len(close):
             again = {k: h.rows(close) for k, h in hints.items()}
-            better = self.maximise(layer, neurons[close], signs[close], region.rows(close), again, exact=True)
+            better = self.maximise(layer, neurons[close], signs[close], region.rows(close, len(neurons)), again, exact=True)
             values[close] = np.minimum(values[close], better)
         return values
 
@@ -161,8 +192,8 @@ class Bounds:
         """The bounds, and the largest term on the way (roughly: it only tells what is worth a second look)."""
         size = max(1, int(MEMORY / (self.widest * (800 if exact else 120))))
         parts = [slice(i, i + size) for i in range(0, len(neurons), size)]
-        found = [self._maximise(layer, neurons[p], signs[p], region.rows(p), {k: h.rows(p) for k, h in hints.items()}, exact)
-                 for p in parts]
+        found = [self._maximise(layer, neurons[p], signs[p], region.rows(p, len(neurons)),
+                                {k: h.rows(p) for k, h in hints.items()}, exact) for p in parts]
         if not found:
             return np.zeros(0), np.zeros(0)
         return np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found])
@@ -180,7 +211,7 @@ class Bounds:
             largest = np.maximum(largest, self._magnitude(v, position))
             total = dyadic.add(total, cost) if cost else total
             if position == INPUT:
-                total = dyadic.add(total, support(v, interval(*(b.reshape(len(b), -1) for b in region.box), exact)))
+                total = dyadic.add(total, support(v, region.interval(region.box, exact)))
                 break
             w, constant = self._step(position, v, region, hints, exact)
             total = dyadic.add(total, constant) if constant else total
@@ -217,44 +248,45 @@ class Bounds:
               exact: bool) -> tuple[Dyadic, Dyadic | None]:
         layer = self.layers[position]
         if isinstance(layer, MaxPool):
-            return layer.relax(v, *region.pool[position], exact)
+            return layer.relax(v, *(region.pick(b) for b in region.pool[position]), exact=exact)
         if not isinstance(layer, ReLU):
             return layer.backward(v, exact)
         k = self.layer_of[position]
         flat = replace(v, values=v.values.reshape(len(v.values), -1))
-        w, constant = relax(flat, *region.relu[k], hints.get(k), exact)
+        w, constant = relax(flat, k, region, hints.get(k), exact)
         return replace(w, values=w.values.reshape(v.values.shape)), constant
 
 
-def relax(v: Dyadic, lower: Array, upper: Array, hint: Multipliers | None, exact: bool) -> tuple[Dyadic, Dyadic]:
-    """v . relu(z_hat) <= a . z_hat + c for z_hat in [lower, upper], (1 or rows, neurons)."""
-    bounds = interval(lower, upper, exact)
+def relax(v: Dyadic, layer: int, region: Region, hint: Multipliers | None, exact: bool) -> tuple[Dyadic, Dyadic]:
+    """v . relu(z_hat) <= a . z_hat + c for z_hat in the region's bounds of a ReLU layer.
+
+    Coarse rows have at most BITS + 1 bits and bounds POINT + 1, so all products are below 2**56.
+    """
+    bounds = region.interval(region.relu[layer], exact)
     if hint is not None:
         v = _common_grid(v, hint, exact)
-    a = _fixed(v.values, lower, upper, exact)
+    a = _fixed(v.values, region, layer, exact)
     if hint is not None:
         a = np.where(hint.given, _given(hint, v.exponent, v.divisor, exact), a)
     low, high = bounds.low, bounds.high
-    at_low = dyadic.multiply(v.values, np.maximum(low, 0)) - dyadic.multiply(a, low)
-    at_high = dyadic.multiply(v.values, np.maximum(high, 0)) - dyadic.multiply(a, high)
-    c = np.maximum(at_low, at_high)
-    c = np.where((low < 0) & (high > 0), np.maximum(c, 0), c)
+    c = np.maximum(v.values * np.maximum(low, 0) - a * low, v.values * np.maximum(high, 0) - a * high)
+    c = np.where((low < 0) & (high > 0) & (c < 0), 0, c)
     total = constants(c, v.exponent, bounds.exponent)
     return Dyadic(a, v.exponent, v.divisor), replace(total, divisor=v.divisor)
 
 
-def _fixed(v: Array, lower: Array, upper: Array, exact: bool) -> Array:
+def _fixed(v: Array, region: Region, layer: int, exact: bool) -> Array:
     """The fixed rule: 0 if u <= 0; v if l >= 0; else v u / (u - l) for v >= 0, and for v < 0, v if u > -l else 0."""
     bits = 2 * SLOPE if exact else SLOPE
-    gap = upper - lower
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        ratio = np.clip(np.nan_to_num(upper / np.where(gap > 0, gap, 1.0), nan=0.5), 0.0, 1.0)
+    lower, upper = region.relu[layer]
+    with np.errstate(all="ignore"):
+        ratio = np.clip(np.nan_to_num(upper / (upper - lower), nan=0.5), 0.0, 1.0)
     chord = np.where(upper <= 0, 0.0, np.where(lower >= 0, 1.0, ratio))
     above = np.rint(np.ldexp(chord, bits)).astype(np.int64)
-    below = np.where((upper <= 0) | ((lower < 0) & (upper <= -lower)), 0, 1).astype(np.int64)
-    if v.dtype == object:
+    below = np.where((upper <= 0) | ((lower < 0) & (upper <= -lower)), 0, 1 << bits).astype(np.int64)
+    if exact:
         above, below = above.astype(object), below.astype(object)
-    return np.where(v >= 0, (v * above + (1 << (bits - 1))) >> bits, v * below)
+    return (v * np.where(v >= 0, region.pick(above), region.pick(below)) + (1 << (bits - 1))) >> bits
 
 
 def _common_grid(v: Dyadic, hint: Multipliers, exact: bool) -> Dyadic:

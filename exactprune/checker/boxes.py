@@ -6,6 +6,7 @@ backward substitution with the fixed slopes for every neuron that is still unsta
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,68 +92,79 @@ def _claim(value: Any, nodes: int, sizes: list[int]) -> Claim:
     return Claim(records.whole(node, 0, nodes, "boxes: claim node"), layer, np.concatenate([above, below]), signs)
 
 
-def prove(bounds: Bounds, tree: Splits) -> dict[tuple[int, int, int], str]:
+Key = tuple[int, int, int]  # layer, neuron, sign
+
+
+def prove(bounds: Bounds, tree: Splits) -> dict[Key, str]:
     """Check the claims; neurons whose claims cover the domain narrow ``bounds``.
 
     Returns:
         (layer, neuron, sign) -> why it is not proved, "" if it is.
     """
-    held: dict[tuple[int, int, int], set[int]] = {}
-    failed: dict[tuple[int, int, int], int] = {}
-    for layer in sorted({c.layer for c in tree.claims}):
+    held: dict[Key, set[int]] = {}
+    failed: Counter[Key] = Counter()
+    by_node: dict[int, list[Claim]] = {}
+    for claim in tree.claims:
+        by_node.setdefault(claim.node, []).append(claim)
+    last = {node: max(c.layer for c in claims) for node, claims in by_node.items()}
+    for layer in sorted(set(last.values())):
         bounds.reach(layer)
-        claims = [c for c in tree.claims if c.layer == layer]
         step = max(1, int(BATCH / (16 * (bounds.widest * (len(bounds.layers) + 1)))))
-        used = sorted({c.node for c in claims})
-        for start in range(0, len(used), step):
-            part = used[start : start + step]
-            _check_part(bounds, tree, layer, part, [c for c in claims if part[0] <= c.node <= part[-1]], held, failed)
+        nodes = sorted(node for node in by_node if last[node] == layer)
+        for start in range(0, len(nodes), step):
+            part = nodes[start : start + step]
+            _check_part(bounds, tree, layer, part, [by_node[node] for node in part], held, failed)
     why = {}
     for key in sorted(held.keys() | failed.keys()):
         if _covered(tree.children, held.get(key, set())):
+            layer, neuron, sign = key
+            bounds.narrow(layer, np.array([neuron]), "upper" if sign > 0 else "lower", np.zeros(1))
             why[key] = ""
         else:
-            why[key] = f"its sub-boxes do not cover the domain ({failed.get(key, 0)} of its claims are not proved)"
-    for (layer, neuron, sign), reason in why.items():  # after all layers: every sub-box sees D's bounds as they stood before
-        if not reason:
-            bounds.narrow(layer, np.array([neuron]), "upper" if sign > 0 else "lower", np.zeros(1))
+            why[key] = f"its sub-boxes do not cover the domain ({failed[key]} of its claims are not proved)"
     return why
 
 
-def _check_part(bounds: Bounds, tree: Splits, layer: int, nodes: list[int], claims: list[Claim],
-                held: dict[tuple[int, int, int], set[int]], failed: dict[tuple[int, int, int], int]) -> None:
-    place = {node: i for i, node in enumerate(nodes)}
-    region, lower, upper = local_bounds(bounds, layer, tree.lower[nodes], tree.upper[nodes])
-    rows = np.repeat([place[c.node] for c in claims], [len(c.neurons) for c in claims])
-    neurons = np.concatenate([c.neurons for c in claims])
-    signs = np.concatenate([c.signs for c in claims])
-    values = np.where(signs > 0, upper[rows, neurons], -lower[rows, neurons])
-    again = np.flatnonzero(values > 0)
-    values[again] = bounds.decide(layer, neurons[again], signs[again], region.rows(rows[again]))
-    for row, neuron, sign, value in zip(rows, neurons, signs, values, strict=True):
-        key = (layer, int(neuron), int(sign))
-        if value <= 0:
-            held.setdefault(key, set()).add(nodes[row])
-        else:
-            failed[key] = failed.get(key, 0) + 1
+def _check_part(bounds: Bounds, tree: Splits, last: int, nodes: list[int], claims: list[list[Claim]],
+                held: dict[Key, set[int]], failed: Counter[Key]) -> None:
+    """The claims of some tree nodes, none of them beyond ReLU layer ``last``."""
+    region = local_bounds(bounds, last, tree.lower[nodes], tree.upper[nodes])
+    flat = [(row, claim) for row, mine in enumerate(claims) for claim in mine]
+    for layer in sorted({claim.layer for _, claim in flat}):
+        mine = [(row, claim) for row, claim in flat if claim.layer == layer and len(claim.neurons)]
+        if not mine:
+            continue
+        rows = np.repeat([row for row, _ in mine], [len(claim.neurons) for _, claim in mine])
+        neurons = np.concatenate([claim.neurons for _, claim in mine])
+        signs = np.concatenate([claim.signs for _, claim in mine])
+        lower, upper = region.relu[layer]
+        values = np.where(signs > 0, upper[rows, neurons], -lower[rows, neurons])
+        for sign in (1, -1):
+            open_rows = np.flatnonzero((values > 0) & (signs == sign))
+            values[open_rows] = bounds.decide(layer, neurons[open_rows], signs[open_rows],
+                                              region.rows(rows[open_rows], len(nodes)))
+        for row, neuron, sign, value in zip(rows.tolist(), neurons.tolist(), signs.tolist(), values.tolist(), strict=True):
+            if value <= 0:
+                held.setdefault((layer, neuron, sign), set()).add(nodes[row])
+            else:
+                failed[layer, neuron, sign] += 1
 
 
-def local_bounds(bounds: Bounds, layer: int, lower: Array, upper: Array) -> tuple[Region, Array, Array]:
-    """Bounds of ReLU layers 0..layer on sub-boxes (boxes, inputs).
-
-    Returns:
-        The region (one row a box) with the layers before ``layer``, and lower and upper of ``layer``, (boxes, neurons).
-    """
+def local_bounds(bounds: Bounds, last: int, lower: Array, upper: Array) -> Region:
+    """Bounds of ReLU layers 0..last on sub-boxes (boxes, inputs); of the last one by intervals only."""
     shape = bounds.network.input_shape
     count = len(lower)
     ranges = {INPUT: (lower.reshape(count, *shape), upper.reshape(count, *shape))}
     pools: dict[int, tuple[Array, Array]] = {}
     relu: dict[int, tuple[Array, Array]] = {}
-    for position in range(bounds.network.relus[layer] + 1):
+    for position in range(bounds.network.relus[last] + 1):
         op, inputs = bounds.layers[position], bounds.network.nodes[position].inputs
         if isinstance(op, ReLU):
             k = bounds.layer_of[position]
-            relu[k] = _tighten(bounds, k, Region(ranges[INPUT], relu, pools), *ranges[inputs[0]])
+            low, high = (b.reshape(count, -1) for b in ranges[inputs[0]])
+            relu[k] = np.maximum(low, bounds.lower[k]), np.minimum(high, bounds.upper[k])
+            if k < last:
+                _tighten(bounds, k, Region(ranges[INPUT], relu, pools), *relu[k])
             ranges[position] = op.interval([tuple(b.reshape(count, *op.shape) for b in relu[k])], False)  # type: ignore[list-item]
             continue
         if isinstance(op, MaxPool):
@@ -160,23 +172,19 @@ def local_bounds(bounds: Bounds, layer: int, lower: Array, upper: Array) -> tupl
         ranges[position] = op.interval([ranges[i] for i in inputs], False)
         if not (np.isfinite(ranges[position][0]).all() and np.isfinite(ranges[position][1]).all()):
             raise CheckError(f"node {position}: its interval bounds leave the range of float64")
-    found = relu.pop(layer)
-    return Region(ranges[INPUT], relu, pools), *found
+    return Region(ranges[INPUT], relu, pools)
 
 
-def _tighten(bounds: Bounds, layer: int, region: Region, lower: Array, upper: Array) -> tuple[Array, Array]:
-    """Intersect with the domain's bounds, then backward substitution where both signs are still possible."""
-    count = len(lower)
-    lower = np.maximum(lower.reshape(count, -1), bounds.lower[layer])
-    upper = np.minimum(upper.reshape(count, -1), bounds.upper[layer])
+def _tighten(bounds: Bounds, layer: int, region: Region, lower: Array, upper: Array) -> None:
+    """Narrow bounds (boxes, neurons) in place by backward substitution where both signs are still possible."""
     for sign in (1, -1):
         rows, neurons = np.nonzero((lower < 0) & (upper > 0))
-        values = bounds.maximise(layer, neurons, np.full(len(rows), sign, np.int64), region.rows(rows))
+        signs = np.full(len(rows), sign, np.int64)
+        values = bounds.maximise(layer, neurons, signs, region.rows(rows, len(lower)))
         if sign > 0:
             upper[rows, neurons] = np.minimum(upper[rows, neurons], values)
         else:
             lower[rows, neurons] = np.maximum(lower[rows, neurons], -values)
-    return lower, upper
 
 
 def _covered(children: list[tuple[int, int] | None], claimed: set[int]) -> bool:

@@ -238,6 +238,8 @@ def float_up(value: int, exponent: int, divisor: int = 1) -> float:
 
 def to_float_up(number: Dyadic) -> Array:
     """Every number rounded up to float64."""
+    if number.values.ndim == 1 and number.divisor == 1:
+        number = round_up(number, WORD - 2)[0]  # many totals: vectorised, at the price of a second rounding
     values = number.values
     if values.dtype == object or number.divisor != 1:
         exponents = np.broadcast_to(column(number.exponent, values), values.shape)

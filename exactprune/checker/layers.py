@@ -60,9 +60,12 @@ def gather_constants(terms: Array, row_exponent: Array, exponent: Array) -> Dyad
 
 
 def support(v: Dyadic, box: Interval) -> Dyadic:
-    """The maximum of every row's form over a box: sum over j of max(v_j * low_j, v_j * high_j)."""
+    """The maximum of every row's form over a box: sum over j of max(v_j * low_j, v_j * high_j).
+
+    Coarse rows have at most BITS + 1 bits and box ends POINT + 1: the products stay far below 2**62.
+    """
     values = v.values.reshape(len(v.values), -1)
-    terms = np.maximum(dyadic.multiply(values, box.low), dyadic.multiply(values, box.high))
+    terms = np.maximum(values * box.low, values * box.high)
     total = gather_constants(terms, v.exponent, box.exponent)
     return Dyadic(total.values, total.exponent, v.divisor)
 

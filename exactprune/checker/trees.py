@@ -145,5 +145,5 @@ def _values(bounds: Bounds, layer: int, neurons: Array, sign: int, region: Regio
     if not len(live):
         return values
     some = {k: h.rows(live) for k, h in hints.items()}
-    values[live] = bounds.decide(layer, neurons[live], signs[live], region.rows(live), some)
+    values[live] = bounds.decide(layer, neurons[live], signs[live], region.rows(live, len(neurons)), some)
     return values

@@ -126,7 +126,14 @@ def grow_boxes(bounds, layer, claims, depth=6):
         node = len(dims)
         dims.append(-1)
         at.append(0.0)
-        _, found_low, found_high = local_bounds(bounds, layer, low[None], high[None])
+        region = local_bounds(bounds, layer, low[None], high[None])
+        found_low, found_high = region.relu[layer]
+        for n, s in left:
+            value = bounds.decide(layer, np.array([n]), np.array([1 if s == "upper" else -1]), region)
+            if s == "upper":
+                found_high[0, n] = min(found_high[0, n], value[0])
+            else:
+                found_low[0, n] = max(found_low[0, n], -value[0])
         held = [(i, s) for i, s in left if (found_high[0, i] <= 0 if s == "upper" else found_low[0, i] >= 0)]
         if held:
             out.append({"node": node, "layer": layer, "upper": [int(i) for i, s in held if s == "upper"],

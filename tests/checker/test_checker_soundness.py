@@ -197,7 +197,12 @@ def test_bounds_on_sub_boxes_enclose_exact_values(seed):
     for k, values in enumerate(truth):
         bounds.reach(k)
         lows, highs = (np.stack([a.reshape(-1), b.reshape(-1)]) for a, b in ((lower, low), (upper, high)))
-        _, found_low, found_high = local_bounds(bounds, k, lows, highs)
+        region = local_bounds(bounds, k, lows, highs)
+        found_low, found_high = (b.copy() for b in region.relu[k])
+        rows, neurons = (a.reshape(-1) for a in np.indices(found_low.shape))
+        for sign in (1, -1):
+            found = bounds.decide(k, neurons, np.full(len(rows), sign), region.rows(rows, 2)).reshape(found_low.shape)
+            found_low, found_high = (found_low, found) if sign > 0 else (-found, found_high)
         for z in values:
             assert all(found_low[1, i] <= v <= found_high[1, i] and found_low[0, i] <= v <= found_high[0, i] for i, v in enumerate(z))
 
