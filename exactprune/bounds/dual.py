@@ -16,7 +16,7 @@ dB/dalpha_j = min(v_j, 0) z*_j and dB/dbeta_j = sigma_j z*_j. The same values sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -219,7 +219,7 @@ class _Adam:
 
 
 def optimise(program: Program, rows: Rows, known: Mapping[int, NodeBounds], steps: int, *, rate: float = 0.25,
-             decay: float = 0.95, on_corner: Callable[[Rows, Solution], Tensor | None] | None = None) -> Optimised:
+             decay: float = 0.95, margin: float = 1e-4) -> Optimised:
     """Lower the bounds of all rows by ``steps`` projected Adam steps on alpha and beta, keeping each row's best.
 
     Args:
@@ -229,19 +229,18 @@ def optimise(program: Program, rows: Rows, known: Mapping[int, NodeBounds], step
         steps: gradient steps; 0 evaluates only.
         rate: first step size of alpha; beta moves in units of the row's mean coefficient.
         decay: factor of the step size a step.
-        on_corner: called with every solution; returns booleans (rows,) of rows that need no more work (refuted), or None.
+        margin: a row stops when its bound is below 0 by this part of its neuron's range: what it is below 0 by pays for the
+            coarser numbers of a certificate.
 
     Returns:
-        The best of all iterates, row by row. Rows whose bound falls below 0 stop moving (their claim is proved).
+        The best of all iterates, row by row.
     """
     best = solve(program, rows, known, want_gradient=True)
     best_rows, adam_alpha, adam_beta = rows, _Adam(rows.alpha), _Adam(rows.beta)
     total, weight = best.corner.clone(), 1.0
     current, state, step_size = rows, best, rate
-    done = best.bound <= 0
-    if on_corner is not None:
-        refuted = on_corner(current, state)
-        done = done if refuted is None else done | refuted
+    enough = -margin * _range(program, rows, known)
+    done = best.bound <= enough
     for step in range(steps):
         if bool(done.all()):
             break
@@ -254,14 +253,16 @@ def optimise(program: Program, rows: Rows, known: Mapping[int, NodeBounds], step
         total, weight = total + (step + 1) * state.corner, weight + step + 1
         better = (state.bound < best.bound) & ~done
         best, best_rows = _merge(better, state, best), _merge_rows(better, current, best_rows)
-        done = done | (best.bound <= 0)
-        if on_corner is not None:
-            refuted = on_corner(current, state)
-            done = done if refuted is None else done | refuted
+        done = done | (best.bound <= enough)
         step_size *= decay
     box = known[INPUT]
     average = torch.minimum(torch.maximum(total / weight, box.lower), box.upper)
     return Optimised(best_rows, best.bound, best, average)
+
+
+def _range(program: Program, rows: Rows, known: Mapping[int, NodeBounds]) -> Tensor:
+    bounds = known[program.preactivation(rows.layer)]
+    return torch.nan_to_num((bounds.upper - bounds.lower)[0, rows.neurons], posinf=0.0)
 
 
 def _choose(better: Tensor, new: Mapping[int, Tensor], old: Mapping[int, Tensor]) -> dict[int, Tensor]:

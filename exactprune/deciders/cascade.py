@@ -1,7 +1,7 @@
 """The cascade: every neuron's status, from the cheapest method that settles it, with the proof of every verdict.
 
-Layer by layer: interval bounds, CROWN for the rows still open, witnesses by gradient ascent, alpha-CROWN for what lacks a
-witness (and for unstable neurons of earlier layers, whose bounds the later layers live on). What is open then goes to the exact
+Layer by layer: interval bounds, CROWN for the rows still open, witnesses by gradient ascent. Then alpha-CROWN for what lacks a
+witness, and for unstable neurons of earlier layers while a later layer that lives on their bounds is open. What is open then goes to the exact
 deciders: input splitting where there are few inputs, branch and bound over phases in rounds of growing effort, so that the
 time goes where verdicts are cheapest, with a MILP as a last resort for witnesses. A verdict is kept only when the independent
 checker accepts its record; otherwise it is ``unknown`` with the reason.
@@ -150,6 +150,7 @@ class Cascade:
         self.layers = [_Layer(np.zeros(n, np.int8), np.zeros(n, np.int8)) for n in sizes]
         self.proofs: list[_Fixed | _Linear | Tree] = []
         self.stages: list[StageTime] = []
+        self.sharpened = False
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
@@ -162,6 +163,9 @@ class Cascade:
             self.search.corners()
         for layer in range(self.program.layers):
             self._bounds(layer)
+        for layer in range(self.program.layers):
+            if any(len(self._questions(k)[0]) for k in range(layer, self.program.layers)):
+                self._sharpen(layer)
         if self.effort.exact:
             self._exact()
         self._explain()
@@ -222,8 +226,21 @@ class Cascade:
         if any(mask.any() for mask in self.search.lacking(layer)):
             with self._stage(f"ascent {name}"):
                 self.search.ascent(self._only(layer), rounds=1)
-        if not first_is_exact(self.program, layer):
-            self._alpha(layer, name)
+
+    def _sharpen(self, layer: int) -> None:
+        """CROWN again over what was sharpened since, then alpha-CROWN."""
+        if first_is_exact(self.program, layer):
+            return
+        name = self.network.nodes[self.network.relus[layer]].name
+        rows = np.unique(self._questions(layer)[0])
+        if self.sharpened and len(rows):
+            with self._stage(f"crown {name}", f"{len(rows)} rows again"):
+                self.state.relaxations.clear()
+                self.state.enter(layer)
+                self.state.crown(layer, torch.tensor(rows, device=self.program.device))
+                self.proofs.append(_Fixed(crown_record(layer, rows)))
+                self._settle_by_bounds(layer, Method.CROWN)
+        self._alpha(layer, name)
 
     def _settle_by_bounds(self, layer: int, method: Method) -> np.ndarray:
         """Note what the bounds fix; returns the neurons newly settled."""
@@ -266,7 +283,8 @@ class Cascade:
         asked = set(zip(neurons.tolist(), signs.tolist(), strict=True))
         fresh = np.array([(n, s) not in asked for n, s in zip(all_neurons.tolist(), all_signs.tolist(), strict=True)], bool)
         cost = 6.0 * ALPHA_STEPS * self.network.macs * len(all_neurons)
-        if layer + 1 >= self.program.layers or cost > TIGHTEN_FLOPS:
+        later = any(len(self._questions(k)[0]) for k in range(layer + 1, self.program.layers))
+        if not later or cost > TIGHTEN_FLOPS:
             fresh[:] = False
         return all_neurons[fresh], all_signs[fresh]
 
@@ -287,6 +305,7 @@ class Cascade:
         for sign in (1, -1):
             which = np.flatnonzero(useful & (signs == sign))
             if len(which):
+                self.sharpened = True
                 self.proofs.append(_Linear(layer, neurons[which], sign, multipliers, which))
                 self._narrow(layer, neurons[which], sign, bound[which])
         self._settle_by_bounds(layer, Method.ALPHA_CROWN)
@@ -316,13 +335,31 @@ class Cascade:
         if self._open_count() and self.suggest is not None:
             self._suggestions(deadline)
         few = self.program.size(-1) <= FEW_INPUTS
+        if few:
+            self._ascend_harder()
         if self._open_count() and (decider == "input-split" or (decider == "auto" and few)):
             share = 1.0 if decider == "input-split" else 0.6
             self._input_split(monotonic() + share * self.effort.time_limit)
         if decider == "input-split":
             return
-        for nodes in NODE_ROUNDS:
+        self._phase_round(NODE_ROUNDS[0], deadline)
+        if not few:
+            self._ascend_harder()
+        for nodes in NODE_ROUNDS[1:]:
             self._phase_round(nodes, deadline)
+
+    def _ascend_harder(self) -> None:
+        """More restarts for what is still open; where a proof is likely the first round of branch and bound has found it."""
+        masks = []
+        for layer in range(self.program.layers):
+            neurons, signs = self._questions(layer)
+            positive = np.zeros(len(self.layers[layer].status), bool)
+            negative = positive.copy()
+            positive[neurons[signs > 0]], negative[neurons[signs < 0]] = True, True
+            masks.append((positive, negative))
+        if any(mask.any() for pair in masks for mask in pair):
+            with self._stage("ascent", "more restarts"):
+                self.search.ascent(masks, rounds=3, first=1, time_limit=max(5.0, 0.1 * self.effort.time_limit))
 
     def _input_split(self, deadline: float) -> None:
         questions = [Question(k, int(n), int(s)) for k in range(self.program.layers) for n, s in zip(*self._questions(k), strict=True)]
