@@ -10,7 +10,9 @@ constant, what remains is abs(E) rad and half a unit in the last place of d.
 
 A convolution is a block as well: x is a window, one channel a neuron, and each tap of a reading convolution (or each
 position of a flattened channel) is one row of W_out that sees its own x; the errors of the rows that belong to one
-output add up. A channel that carries a constant must not be read through zero padding.
+output add up. Where zeros are padded in, a row may see zeros instead of the units, so constants are no longer summed
+into d: a channel that is 1 everywhere carries each row's constant through the padding, and the rows' errors add up
+singly.
 
 *Sound in floating point*: the stored arrays are exact in the working type (float64 for float32 networks, the long
 double where it is longer for float64 ones); each product of matrices with n terms is off by at most gamma_n times the
@@ -43,6 +45,8 @@ class Block:
         gain: (m,), how much a unit of error there weighs at the network's output (a heuristic).
         dtype: of the network.
         linear: no ReLU stays between: new units may be negative.
+        padded: zeros are padded in between, so each row may see zeros instead of the units: no constant may be summed
+            over rows; the last unit is a channel that is 1, and its weights carry each row's constant.
     """
 
     w_in: np.ndarray
@@ -55,6 +59,7 @@ class Block:
     gain: np.ndarray
     dtype: np.dtype
     linear: bool
+    padded: bool = False
 
     @property
     def work(self) -> type:
@@ -108,6 +113,8 @@ class Units:
 
 def placed(block: Block, v: np.ndarray, u: np.ndarray) -> Units:
     """Choose the biases for given (stored) V and U: c so that V x + c >= 0 on the enclosure, d to centre the error."""
+    if block.padded:
+        return _with_constant_channel(block, v, u)
     low, high = ranges(block, v)
     c = np.zeros(len(v), block.dtype) if block.linear else _at_least(-low, block.dtype)
     zero = np.zeros(block.b_out.shape, block.dtype)
@@ -116,6 +123,21 @@ def placed(block: Block, v: np.ndarray, u: np.ndarray) -> Units:
     shift = c.astype(np.float64)
     return Units(v, c, u, d, np.maximum(np.nextafter(low + shift, -np.inf), -np.inf if block.linear else 0.0),
                  np.nextafter(high + shift, np.inf))
+
+
+def _with_constant_channel(block: Block, v: np.ndarray, u: np.ndarray) -> Units:
+    """As ``placed`` where zeros are padded in: a channel that is 1 carries the constants, the biases stay."""
+    low, high = ranges(block, v)
+    c = np.zeros(len(v), block.dtype) if block.linear else _at_least(-low, block.dtype)
+    bare = Units(v, c, u, block.b_out, low, high)
+    with np.errstate(over="ignore"):
+        constant = _row_constants(block, bare)[0].astype(block.dtype)
+    v = np.concatenate([v, np.zeros((1, v.shape[1]), block.dtype)])
+    shift, one = c.astype(np.float64), np.ones(1)
+    lower = np.maximum(np.nextafter(low + shift, -np.inf), -np.inf if block.linear else 0.0)
+    return Units(v, np.append(c, block.dtype.type(1)), np.concatenate([u, constant[:, None]], axis=1),
+                 block.b_out.copy(), np.concatenate([lower, one]),
+                 np.concatenate([np.nextafter(high + shift, np.inf), one]))
 
 
 def ranges(block: Block, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -149,12 +171,18 @@ def _products(block: Block, new: Units) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 def _constant(block: Block, new: Units) -> tuple[np.ndarray, np.ndarray]:
     """E mid + e_0 without d, per output, and the size that its rounding error multiplies."""
+    rows, sizes = _row_constants(block, new)
+    return block.summed(rows) + block.b_out, block.summed(sizes) + np.abs(block.b_out).astype(block.work)
+
+
+def _row_constants(block: Block, new: Units) -> tuple[np.ndarray, np.ndarray]:
+    """The same per row, without b_out."""
     error, size, _ = _products(block, new)
     w_out, u = block.w_out.astype(block.work), new.u.astype(block.work)
     b_in, c = block.b_in.astype(block.work), new.c.astype(block.work)
     rows = error @ block.mid + w_out @ b_in - u @ c
     sizes = size + np.abs(error) @ np.abs(block.mid) + np.abs(w_out) @ np.abs(b_in) + np.abs(u) @ np.abs(c)
-    return block.summed(rows) + block.b_out, block.summed(sizes) + np.abs(block.b_out).astype(block.work)
+    return rows, sizes
 
 
 def _rational(array: np.ndarray) -> np.ndarray:
@@ -165,7 +193,7 @@ def _rational(array: np.ndarray) -> np.ndarray:
 
 def identical(block: Block, new: Units) -> bool:
     """Whether E = 0 and e_0 = 0 exactly; tried where float arithmetic shows no difference and the block is small."""
-    if len(block.w_out) * block.w_in.size > _SMALL or _products(block, new)[0].any():
+    if block.padded or len(block.w_out) * block.w_in.size > _SMALL or _products(block, new)[0].any():
         return False
     if (_constant(block, new)[0] != new.d).any():
         return False
@@ -189,8 +217,12 @@ def deviation(block: Block, new: Units) -> np.ndarray:
         return np.zeros(block.b_out.shape)
     n = block.w_in.shape[0] + new.v.shape[0] + 3 * block.w_in.shape[1] + len(block.owner) + 16
     error, _, size = _products(block, new)
-    centre, centre_size = _constant(block, new)
     rows = np.abs(error) @ block.rad + gamma(n, block.unit) * size
-    total = np.abs(centre - new.d) + gamma(n, block.unit) * (centre_size + np.abs(new.d)) + block.summed(rows)
+    if block.padded:
+        centre, centre_size = _row_constants(block, new)
+        total = block.summed(np.abs(centre) + gamma(n, block.unit) * centre_size + rows)
+    else:
+        centre, centre_size = _constant(block, new)
+        total = np.abs(centre - new.d) + gamma(n, block.unit) * (centre_size + np.abs(new.d)) + block.summed(rows)
     total = total * (1 + 2 * gamma(n, block.unit))
     return inflated(np.nextafter(total.astype(np.float64), np.inf), 4)

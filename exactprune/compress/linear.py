@@ -104,8 +104,8 @@ def _pareto(items: list[tuple[int, float, tuple[Candidate, ...]]]) -> list[tuple
 def _carry_out(state: State, domain: Box, chosen: Sequence[Candidate], budget: float) -> tuple[State, list[Applied]]:
     """Carry candidates out from the last layer to the first.
 
-    Each is chosen afresh for the network as it is by then (fewer units may do once the layers after are narrower), within
-    what the budget leaves after those already carried out and those still to come.
+    Each is chosen afresh for the network as it is by then (fewer units may do once the layers after are narrower),
+    within what the budget leaves after those already carried out and those still to come.
     """
     applied: list[Applied] = []
     order = sorted(chosen, key=lambda c: -c.layer)
@@ -179,7 +179,7 @@ def _place(state: State, domain: Box, layer: int) -> Place | None:
     if not (np.isfinite(at[0]).all() and np.isfinite(at[1]).all()):
         return None
     linear = channels.size == verdict.shape[0]
-    block = make_block(network, where, channels, at, _gains(network, where), linear)
+    block = make_block(network, where, channels, at, gains(network, where), linear)
     return Place(network, layer, where, channels, block)
 
 
@@ -201,7 +201,7 @@ def _can_fold(network: Network, where: Surroundings) -> bool:
     return all(plain) and not where.between
 
 
-def _gains(network: Network, where: Surroundings) -> np.ndarray | None:
+def gains(network: Network, where: Surroundings) -> np.ndarray | None:
     """How much a unit of deviation at each reader's output can weigh at the network's output."""
     outputs = sum(network.shapes[r.position][0] for r in where.readers)
     flat = all(len(shape) == 1 for shape in network.shapes[where.readers[0].position:])

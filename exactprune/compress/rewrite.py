@@ -20,10 +20,13 @@ from exactprune.compress.levels import EXACT, Level, certified
 from exactprune.compress.linear import Applied, shrink_linear
 from exactprune.compress.plan import Plan, Removal, plan_exact, removals_of
 from exactprune.compress.reads import unread_inputs
+from exactprune.compress.twins import absorb_twins
 from exactprune.compress.units import units_of
 from exactprune.domain import Box
 from exactprune.errors import DomainError, OptionError
 from exactprune.network import Network
+
+_TWINS = 0.25  # share of the budget that proportional neurons may use
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,12 +118,34 @@ def compress_network(network: Network, domain: Box, layers: Sequence[LayerVerdic
     _check(network, domain, layers)
     budget = budget_of(network, domain, max_deviation, data)
     state, removals, steps = shrink(start(network, layers))
+    state, more, further = _twins(state, domain, budget.eps * _TWINS)
+    removals, steps = removals + more, steps + further
     if budget.eps > 0:
-        state, more, further = _spend(state, domain, budget.eps)
+        spent = sum((step.level for step in steps), EXACT).eps
+        state, more, further = _spend(state, domain, budget.eps - spent)
         removals, steps = removals + more, steps + further
+    state, more, further = shrink(state, linearise=True)
+    removals, steps = removals + more, steps + further
     level = sum((step.level for step in steps), EXACT)
     return Rewrite(state.network, tuple(removals), tuple(steps), level, state.origin, state.verdicts,
                    unread_inputs(network), budget.eps, budget.reach)
+
+
+def _twins(state: State, domain: Box, budget: float) -> tuple[State, list[Removal], list[Step]]:
+    """Proportional neurons become one, then exact rules again."""
+    after, done = absorb_twins(state, domain, budget)
+    if not done:
+        return state, [], []
+    removals, steps = [], []
+    for found in done:
+        layer, origin = state.origin[found.layer]
+        level, size = certified(found.eps), prod(state.verdicts[found.layer].shape[1:])
+        pairs = [[int(origin[t.kept]), int(origin[t.gone]), t.ratio] for t in found.twins]
+        removals += [Removal(layer, gone, "duplicate", level, size) for _, gone, _ in pairs]
+        text = f"layer {layer}: {len(pairs)} neurons or channels are multiples of others, output deviation {level}"
+        steps.append(Step("duplicate", text, {"layer": layer, "kept_gone_ratio": pairs}, level))
+    after, more, further = shrink(after)
+    return after, removals + more, steps + further
 
 
 def _spend(state: State, domain: Box, budget: float) -> tuple[State, list[Removal], list[Step]]:

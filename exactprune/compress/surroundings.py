@@ -1,9 +1,11 @@
 """Where a ReLU layer can be rewritten as a block: the mixer that feeds it and the mixers that read it.
 
 A layer qualifies when one Affine or ungrouped Conv2d feeds it and nothing else, and every path from it leads through
-operators that treat channels alike and keep constants (Reshape to a flat vector, Transpose, an average pool that adds
-no zeros) to an Affine or an ungrouped Conv2d without padding. Then channels may be replaced by other channels, as many
-as one likes, and the readers' weights follow.
+operators that treat all channels alike and linearly (Reshape to a flat vector, Transpose, average pools, zero padding)
+to an Affine or an ungrouped Conv2d. Then channels may be replaced by other channels, as many as one likes, and the
+readers' weights follow. Where zeros are padded in on the way, a constant cannot go into a bias: it needs a channel of
+its own (``Surroundings.padded``). Max pools are let through only for rewrites that multiply channels by positive
+numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import numpy as np
 from exactprune.compress.block import Block, Units
 from exactprune.compress.enclosure import Interval
 from exactprune.network import INPUT, Network, Node
-from exactprune.ops import Affine, AvgPool2d, Conv2d, Op, Reshape, Shape, Transpose
+from exactprune.ops import Affine, AvgPool2d, Conv2d, MaxPool2d, Op, Pad, Reshape, Shape, Transpose
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,20 +42,26 @@ class Surroundings:
         relu: position of the ReLU; feeder: of the mixer before it.
         between: positions of the operators between the ReLU and its readers, in order.
         readers: the mixers that read it.
+        padded: zeros are padded in before or in some reader.
     """
 
     relu: int
     feeder: int
     between: tuple[int, ...]
     readers: tuple[Reader, ...]
+    padded: bool
 
 
-def surroundings(network: Network, relu: int) -> Surroundings | None:
-    """The layer's surroundings, or None where it does not qualify."""
+def surroundings(network: Network, relu: int, *, homogeneous: bool = False) -> Surroundings | None:
+    """The layer's surroundings, or None where it does not qualify.
+
+    Args:
+        network: the network.
+        relu: position of the layer.
+        homogeneous: channels will only be multiplied by positive numbers, so max pools do no harm.
+    """
     feeder = network.nodes[relu].inputs[0]
     if feeder == INPUT or relu == network.output or network.readers[feeder] != (relu,):
-        return None
-    if not _plain(network.nodes[feeder].op, padded=True):
         return None
     labels = {relu: _channels(network.shapes[relu])}
     readers, between = [], []
@@ -62,30 +70,46 @@ def surroundings(network: Network, relu: int) -> Surroundings | None:
         found = [labels[i] for i in node.inputs if i in labels]
         if not found:
             continue
-        if isinstance(node.op, Affine | Conv2d) and _plain(node.op, padded=False):
-            readers.append(Reader(position, found[0] if isinstance(node.op, Affine) else found[0][:, 0, 0]))
-        elif _transparent(node.op) and position != network.output:
-            labels[position] = node.op.evaluate(found[0][None])[0]
-            between.append(position)
-        else:
+        label = _relabelled(node.op, found[0], homogeneous) if position != network.output or _mixes(node.op) else None
+        if label is None:
             return None
-    fits = all(len(set(np.bincount(r.channel.astype(int)))) == 1 for r in readers)
-    return Surroundings(relu, feeder, tuple(between), tuple(readers)) if readers and fits else None
+        if _mixes(node.op):
+            readers.append(Reader(position, label))
+        else:
+            labels[position] = label
+            between.append(position)
+    fits = _mixes(network.nodes[feeder].op) and all(len(set(np.bincount(r.channel))) == 1 for r in readers)
+    padded = any(_pads(network.nodes[p].op) for p in (*between, *(r.position for r in readers)))
+    return Surroundings(relu, feeder, tuple(between), tuple(readers), padded) if readers and fits else None
 
 
-def _plain(op: Op, *, padded: bool) -> bool:
-    return isinstance(op, Affine) or (isinstance(op, Conv2d) and op.groups == 1 and (padded or not any(op.padding)))
+def _mixes(op: Op) -> bool:
+    return isinstance(op, Affine) or (isinstance(op, Conv2d) and op.groups == 1)
 
 
-def _transparent(op: Op) -> bool:
-    if isinstance(op, AvgPool2d):
-        return not any(op.padding)
-    return isinstance(op, Transpose) or (isinstance(op, Reshape) and len(op.shape) == 1)
+def _pads(op: Op) -> bool:
+    return isinstance(op, Pad) or (isinstance(op, Conv2d | AvgPool2d | MaxPool2d) and any(op.padding))
 
 
 def _channels(shape: Shape) -> np.ndarray:
-    index = np.arange(shape[0], dtype=np.float64).reshape(-1, *[1] * (len(shape) - 1))
-    return np.broadcast_to(index, shape)
+    return np.broadcast_to(np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1)), shape)
+
+
+def _relabelled(op: Op, labels: np.ndarray, homogeneous: bool) -> np.ndarray | None:
+    """Channel of each element after an operator (of each input unit, for a mixer); None where it does not qualify."""
+    if isinstance(op, Reshape) and len(op.shape) == 1:
+        return labels.reshape(-1)
+    if isinstance(op, Transpose):
+        return labels.transpose(op.permutation)
+    if isinstance(op, Affine):
+        return labels
+    spatial = isinstance(op, AvgPool2d | Conv2d) or (isinstance(op, MaxPool2d) and homogeneous) or (
+        isinstance(op, Pad) and op.value == 0 and len(op.pads) == 3 and op.pads[0] == (0, 0))
+    if not spatial or (labels != labels[:, :1, :1]).any():
+        return None
+    if isinstance(op, Conv2d):
+        return labels[:, 0, 0] if op.groups == 1 else None
+    return np.broadcast_to(labels[:, :1, :1], op.output_shape(labels.shape))
 
 
 def make_block(network: Network, where: Surroundings, channels: np.ndarray, at: Interval, gain: np.ndarray | None,
@@ -102,20 +126,29 @@ def make_block(network: Network, where: Surroundings, channels: np.ndarray, at: 
     """
     feeder = network.nodes[where.feeder].op
     assert isinstance(feeder, Affine | Conv2d)
-    rows, owners, biases, start = [], [], [], 0
+    owners, biases, start = [], [], 0
+    for reader in where.readers:
+        op = network.nodes[reader.position].op
+        assert isinstance(op, Affine | Conv2d)
+        owners.append(start + np.repeat(np.arange(len(op.bias)), _by_channel(op, reader.channel).shape[1]))
+        biases.append(op.bias)
+        start += len(op.bias)
+    lower, upper = _window_bounds(feeder, at)
+    w_out = all_rows(network, where)[:, channels]
+    return Block(feeder.weight.reshape(len(feeder.bias), -1)[channels], feeder.bias[channels], w_out,
+                 np.concatenate(owners), np.concatenate(biases), lower, upper,
+                 np.ones(start) if gain is None else gain, network.dtype, linear, where.padded)
+
+
+def all_rows(network: Network, where: Surroundings) -> np.ndarray:
+    """The readers' weights by channel, one row per output and tap, all readers in one: (q, channels)."""
+    found = []
     for reader in where.readers:
         op = network.nodes[reader.position].op
         assert isinstance(op, Affine | Conv2d)
         by_channel = _by_channel(op, reader.channel)
-        rows.append(by_channel.reshape(-1, by_channel.shape[-1]))
-        owners.append(start + np.repeat(np.arange(len(op.bias)), by_channel.shape[1]))
-        biases.append(op.bias)
-        start += len(op.bias)
-    lower, upper = _window_bounds(feeder, at)
-    w_out = np.concatenate(rows)[:, channels]
-    return Block(feeder.weight.reshape(len(feeder.bias), -1)[channels], feeder.bias[channels], w_out,
-                 np.concatenate(owners), np.concatenate(biases), lower, upper,
-                 np.ones(start) if gain is None else gain, network.dtype, linear)
+        found.append(by_channel.reshape(-1, by_channel.shape[-1]))
+    return np.concatenate(found)
 
 
 def _by_channel(op: Affine | Conv2d, channel: np.ndarray) -> np.ndarray:
@@ -139,7 +172,8 @@ def _window_bounds(feeder: Affine | Conv2d, at: Interval) -> Interval:
     return np.repeat(low, taps), np.repeat(high, taps)
 
 
-def rewritten(network: Network, where: Surroundings, kept: np.ndarray, new: Units) -> dict[int, Op]:
+def rewritten(network: Network, where: Surroundings, kept: np.ndarray, new: Units,
+              w_out: np.ndarray | None = None) -> dict[int, Op]:
     """New operators, by position: the kept channels first, then the new units.
 
     Args:
@@ -147,6 +181,7 @@ def rewritten(network: Network, where: Surroundings, kept: np.ndarray, new: Unit
         where: the layer.
         kept: channels that stay as they are.
         new: the units that replace all other channels.
+        w_out: new weights of the readers for the kept channels, (q, kept), as in ``Block``; the old ones by default.
     """
     feeder = network.nodes[where.feeder].op
     assert isinstance(feeder, Affine | Conv2d)
@@ -154,11 +189,13 @@ def rewritten(network: Network, where: Surroundings, kept: np.ndarray, new: Unit
     bias = np.concatenate([feeder.bias[kept], new.c])
     found: dict[int, Op] = {where.feeder: replace(feeder, weight=weight, bias=bias)}
     labels = _moved_labels(network, where, len(weight), found)
-    for reader, (rows, bias) in zip(where.readers, _split(network, where, new), strict=True):
+    start, old = 0, all_rows(network, where)[:, kept] if w_out is None else w_out
+    for reader, rows in zip(where.readers, _split(network, where, np.concatenate([old, new.u], axis=1)), strict=True):
         op, source = network.nodes[reader.position].op, network.nodes[reader.position].inputs[0]
         assert isinstance(op, Affine | Conv2d)
-        by_channel = np.concatenate([_by_channel(op, reader.channel)[:, :, kept], rows], axis=2)
-        found[reader.position] = replace(op, weight=_as_weight(op, by_channel, labels[source]), bias=bias)
+        bias = new.d[start:start + len(op.bias)]
+        found[reader.position] = replace(op, weight=_as_weight(op, rows, labels[source]), bias=bias)
+        start += len(op.bias)
     return found
 
 
@@ -169,19 +206,21 @@ def _moved_labels(network: Network, where: Surroundings, count: int, found: dict
         op, given = network.nodes[position].op, labels[network.nodes[position].inputs[0]]
         if isinstance(op, Reshape):
             op = found[position] = Reshape((given.size,))
-        labels[position] = op.evaluate(given[None])[0]
+        label = _relabelled(op, given, homogeneous=True)
+        assert label is not None
+        labels[position] = label
     return labels
 
 
-def _split(network: Network, where: Surroundings, new: Units) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each reader: the new units' weights as (outputs, taps, units), and the new bias."""
-    row = start = 0
+def _split(network: Network, where: Surroundings, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows (q, channels) as (outputs, taps, channels) for each reader."""
+    start = 0
     for reader in where.readers:
         op = network.nodes[reader.position].op
         assert isinstance(op, Affine | Conv2d)
         outputs, taps = _by_channel(op, reader.channel).shape[:2]
-        yield new.u[row:row + outputs * taps].reshape(outputs, taps, -1), new.d[start:start + outputs]
-        row, start = row + outputs * taps, start + outputs
+        yield rows[start:start + outputs * taps].reshape(outputs, taps, -1)
+        start += outputs * taps
 
 
 def _as_weight(op: Affine | Conv2d, by_channel: np.ndarray, labels: np.ndarray) -> np.ndarray:

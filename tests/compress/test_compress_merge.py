@@ -16,7 +16,7 @@ from exactprune.compress.deviation import evaluate_with_error, propagate
 from exactprune.domain import Box, uniform
 from exactprune.errors import OptionError
 from exactprune.network import INPUT, Node, build
-from exactprune.ops import Add, Affine, AvgPool2d, Conv2d, MaxPool2d, ReLU, Reshape, Transpose
+from exactprune.ops import Add, Affine, AvgPool2d, Conv2d, MaxPool2d, Pad, ReLU, Reshape, Transpose
 
 
 def normal(rng, *shape):
@@ -170,12 +170,24 @@ def test_channels_merge_where_nothing_pads_after_them(tools, padding):
     assert sum(r.neurons for r in rewrite.removals) == 30 * (4 + 2 * padding)**2
 
 
-def test_channels_do_not_merge_before_padding_or_max_pool(tools):
+def test_channels_do_not_merge_before_a_max_pool(tools):
     rng = np.random.default_rng(10)
-    for ops in ([Conv2d(normal(rng, 2, 12, 3, 3), normal(rng, 2), padding=(1,) * 4)],
-                [MaxPool2d((2, 2), (2, 2)), Conv2d(normal(rng, 2, 12, 1, 1), normal(rng, 2))]):
-        f = tools.chain((1, 4, 4), active_conv(rng, 12, 1, 1), ReLU(), *ops)
-        assert compress(tools, f, max_deviation=0.1)[0].network is f
+    f = tools.chain((1, 4, 4), active_conv(rng, 12, 1, 1), ReLU(), MaxPool2d((2, 2), (2, 2)),
+                    Conv2d(normal(rng, 2, 12, 1, 1), normal(rng, 2)))
+    assert compress(tools, f, max_deviation=0.1)[0].network.parameters == f.parameters
+
+
+@pytest.mark.parametrize("unstable", [0, 2])
+@pytest.mark.parametrize("between", [[], [Pad(((0, 0), (1, 0), (0, 1)))], [AvgPool2d((2, 2), (1, 1), (1, 1, 1, 1))]])
+def test_a_constant_channel_carries_constants_through_zero_padding(tools, unstable, between):
+    rng = np.random.default_rng(14)
+    conv, other = active_conv(rng, 14, 2, 1), np.array([[1, -1], [1, -0.5]], np.float32)[:unstable, :, None, None]
+    first = Conv2d(np.concatenate([conv.weight, other]),
+                   np.concatenate([conv.bias, np.zeros(unstable, np.float32)]))
+    f = tools.chain((2, 4, 4), first, ReLU(), *between, Conv2d(normal(rng, 3, 14 + unstable, 3, 3), normal(rng, 3),
+                                                              padding=(1,) * 4))
+    rewrite, worst = compress(tools, f, max_deviation=1e-3)
+    assert rewrite.network.shapes[0][0] == unstable + 2 + 1 and worst > 0
 
 
 def test_channels_merge_through_average_pool_and_flatten(tools):

@@ -25,9 +25,9 @@ from exactprune.compress.block import Block, Units, placed
 def mergers(block: Block, budget: float, limit: int) -> Iterator[Units]:
     """Units for a block, by growing count, until ``limit``.
 
-    First the leading directions of the product, as many as clearly stand out; then, one by one and later a few at a time,
-    the leading directions of what the stored units leave, so that their rounding is made good along with the rest.
-    Counts that cannot meet the budget whatever their rounding are skipped.
+    First the leading directions of the product, as many as clearly stand out; then, one by one and later a few at a
+    time, the leading directions of what the stored units leave, so that their rounding is made good along with the
+    rest. Counts that cannot meet the budget whatever their rounding are skipped.
     """
     vectors, values = directions(block, np.asarray(block.product, np.float64))
     least = int((values > budget * np.sqrt(len(block.w_out))).sum())

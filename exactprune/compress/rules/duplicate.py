@@ -1,0 +1,112 @@
+"""Rule ``duplicate``: neurons whose pre-activations are proportional become one.
+
+If z_j = t z_i on the domain with t > 0, then relu(z_j) = t relu(z_i), so j goes and i's outgoing weights become
+w_i + t w_j. This holds for channels as well, under zero padding and through pools, because a positive factor commutes
+with all of them. Up to a deviation: with abs(z_j - t z_i) <= gap on the domain and stored weights w' for w_i + t w_j,
+the next layer changes by at most abs(w_j) gap + abs(w' - w_i - t w_j) max relu(z_i).
+
+Pairs are found by the cosine of their coefficient vectors (weighted by the domain's radius); what is claimed is bounded
+afterwards, in the working type with a priori error terms. Level: ``exact`` where the coefficients are proportional as
+rationals, t is a float and no new weight rounds; else ``certified(eps)``. Related: Serra et al. 2021 (identical
+neurons are the rank-one case of linear dependence), but here the neurons need not be stable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from exactprune.compress.block import Block
+from exactprune.compress.deviation import gamma, inflated
+from exactprune.compress.exact import exact_product, exact_sum
+
+_NEAR = 1e-6  # 1 - cosine of pairs that are looked at
+
+
+@dataclass(frozen=True, eq=False)
+class Twin:
+    """Neuron ``gone`` is ``ratio`` times neuron ``kept``, up to ``gap`` on the domain (0: exactly, as rationals)."""
+
+    kept: int
+    gone: int
+    ratio: float
+    gap: float
+
+
+def twins(block: Block) -> Iterator[Twin]:
+    """Pairs of proportional neurons; every neuron goes at most once, and one that something goes into stays."""
+    mid, rad = block.mid.astype(np.float64), block.rad.astype(np.float64)
+    w_in = block.w_in.astype(np.float64)
+    rows = np.concatenate([w_in * rad, (w_in @ mid + block.b_in)[:, None]], axis=1)
+    size = np.linalg.norm(rows, axis=1)
+    unit = np.divide(rows, size[:, None], out=np.zeros_like(rows), where=(size > 0)[:, None])
+    near = np.argwhere(np.triu(unit @ unit.T > 1 - _NEAR, 1))
+    gone: set[int] = set()
+    taken: set[int] = set()
+    for i, j in near.tolist():
+        if i not in gone and j not in gone and j not in taken:
+            found = _twin(block, i, j)
+            if found is not None and found.gap and i not in taken:
+                back = _twin(block, j, i)
+                found = back if back is not None and not back.gap else found
+            if found is not None:
+                gone.add(found.gone)
+                taken.add(found.kept)
+                yield found
+
+
+def _twin(block: Block, i: int, j: int) -> Twin | None:
+    a, b = np.append(block.w_in[i], block.b_in[i]), np.append(block.w_in[j], block.b_in[j])
+    pivot = int(np.abs(a * np.append(block.rad, 1.0)).argmax())
+    ratio = float(b[pivot]) / float(a[pivot]) if a[pivot] else 0.0
+    if not (np.isfinite(ratio) and ratio > 0):
+        return None
+    return Twin(i, j, ratio, 0.0 if _proportional(a, b, ratio) else _gap(block, i, j, ratio))
+
+
+def _proportional(a: np.ndarray, b: np.ndarray, ratio: float) -> bool:
+    """b = ratio a, exactly."""
+    if not np.allclose(b, ratio * a.astype(np.float64), rtol=1e-12, atol=0):
+        return False
+    t = Fraction(ratio)
+    return all(Fraction(float(y)) == t * Fraction(float(x)) for x, y in zip(a, b, strict=True))
+
+
+def _gap(block: Block, i: int, j: int, ratio: float) -> float:
+    """Sound bound on abs(z_j - ratio z_i) over the enclosure."""
+    t = block.work(ratio)
+    w_i, w_j = block.w_in[i].astype(block.work), block.w_in[j].astype(block.work)
+    b_i, b_j = block.work(block.b_in[i]), block.work(block.b_in[j])
+    difference = w_j - t * w_i
+    size = (np.abs(w_j) + t * np.abs(w_i)) @ (np.abs(block.mid) + block.rad) + abs(b_j) + t * abs(b_i)
+    value = abs(difference @ block.mid + (b_j - t * b_i)) + np.abs(difference) @ block.rad
+    bound = value + 2 * gamma(2 * len(w_i) + 16, block.unit) * (size + value)
+    return float(np.nextafter(np.float64(bound), np.inf))
+
+
+def absorbed(block: Block, found: list[Twin], reach: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """New outgoing weights (q, k), and a bound on the change at each output (m,).
+
+    Args:
+        block: the layer.
+        found: twins to carry out.
+        reach: (k,) upper bound of relu(z) of each neuron.
+    """
+    w_out = block.w_out.astype(np.float64)
+    exact = np.ones(w_out.shape, bool)
+    size = np.abs(w_out)
+    for twin in found:
+        part, fine = exact_product(block.w_out[:, twin.gone].astype(np.float64), np.full(len(w_out), twin.ratio))
+        total, also = exact_sum(w_out[:, twin.kept], part)
+        w_out[:, twin.kept], exact[:, twin.kept] = total, exact[:, twin.kept] & fine & also
+        size[:, twin.kept] += np.abs(part)
+    with np.errstate(over="ignore"):
+        stored = w_out.astype(block.dtype)
+    rounding = np.abs(stored.astype(np.float64) - w_out) + np.where(exact, 0.0, gamma(3 * len(found) + 4) * size)
+    rows = rounding @ reach
+    for twin in found:
+        rows = rows + np.abs(block.w_out[:, twin.gone].astype(np.float64)) * twin.gap
+    return stored, inflated(block.summed(rows), len(found) + w_out.shape[1] + len(rows))
