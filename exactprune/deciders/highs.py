@@ -88,9 +88,11 @@ class HighsOutcome:
         reason: in words, empty when optimal.
         sense: of the objective.
         objective: value of ``x``; NaN without a solution. Never decides anything.
-        dual_bound: no feasible point is beyond it, up to the solver's tolerances; infinite when nothing is known.
+        dual_bound: no feasible point is beyond it, up to the solver's tolerances; infinite when nothing is known. For
+            an LP without points it is the bound that a Farkas proof gives, an arbitrary number beyond zero.
         x: best solution, or None.
-        row_duals: y of an LP in the convention reduced costs = c - A'y, or None.
+        row_duals: y of an LP in the convention reduced costs = c - A'y, or None. If the LP has no points, they prove
+            that.
         nodes: branch-and-bound nodes.
         iterations: simplex iterations.
         seconds: wall clock.
@@ -338,13 +340,28 @@ class _Session:
         if x is not None and not np.isfinite(x).all():
             status, reason, x = SolveStatus.ERROR, "HiGHS returned a solution that is not finite", None
         duals = np.array(solution.row_dual) / self.scale if not integer and solution.dual_valid else None
+        if status is SolveStatus.INFEASIBLE:
+            duals = None if integer else self._farkas()
         bound = info.mip_dual_bound / self.scale if integer else self._weak_duality(duals)
-        if status in (SolveStatus.ERROR, SolveStatus.INFEASIBLE) or not np.isfinite(bound):
+        unknown = status is SolveStatus.ERROR or (status is SolveStatus.INFEASIBLE and duals is None)
+        if unknown or not np.isfinite(bound):
             bound = _unknown(self.sense)
         objective = float(self.arrays.c @ x + self.arrays.offset) if x is not None else np.nan
         nodes, iterations = max(0, int(info.mip_node_count)), max(0, int(info.simplex_iteration_count))
         return HighsOutcome(status, reason, self.sense, objective, float(bound), x, duals, nodes, iterations,
                             time.perf_counter() - began, tuple(self.warnings))
+
+    def _farkas(self) -> np.ndarray | None:
+        """Row duals that prove, by weak duality, that an LP has no points: a dual ray, taken far enough; None if HiGHS'
+        ray does not prove it. The bound they give lies beyond zero by what y = 0 gives on the other side."""
+        _, exists, ray = self.highs.getDualRay()
+        if not exists or ray is None or not np.isfinite(ray).all():
+            return None
+        sign = 1.0 if self.sense == "max" else -1.0
+        feasibility = self.arrays.with_objective(np.zeros(self.arrays.c.size))
+        worth, y = min((sign * weak_duality(feasibility, s * np.asarray(ray), self.sense), s) for s in (1.0, -1.0))
+        start = abs(weak_duality(self.arrays, np.zeros(len(ray)), self.sense))
+        return (2 * start + 1.0) / -worth * y * np.asarray(ray) if worth < 0 and np.isfinite(start / worth) else None
 
     def _weak_duality(self, y: np.ndarray | None) -> float:
         """The LP's dual bound at y; y_i of the wrong sign for a one-sided row is replaced by 0."""

@@ -91,8 +91,8 @@ class LayerLP:
               time_limit: float | None = None) -> LpBound:
         """Bound one side of one neuron, optionally in a leaf {(layer, neuron): active?} of a phase tree.
 
-        In a leaf without points (the LP is infeasible) the value is infinite on the good side only if HiGHS' claim is
-        confirmed elsewhere; here it comes back as unknown.
+        A leaf without points (the LP is infeasible) has multipliers too, from a Farkas proof: they prove that
+        ``value``, a number < 0 ("upper") or > 0 ("lower"), bounds z_hat there, which is all that a tree needs.
         """
         sign = 1.0 if side == "upper" else -1.0
         c, offset = self._model.objective(neuron)
@@ -100,8 +100,7 @@ class LayerLP:
         outcome = self._lp.solve(sign * c, sign * offset, low, high, time_limit)
         multipliers = multipliers_of(self._model, outcome.row_duals) if outcome.row_duals is not None else {}
         point = self._model.point(outcome.x) if outcome.x is not None else None
-        usable = outcome.status not in (SolveStatus.ERROR, SolveStatus.INFEASIBLE)
-        value = sign * outcome.dual_bound if usable else sign * np.inf
+        value = sign * (outcome.dual_bound if outcome.status is not SolveStatus.ERROR else np.inf)
         return LpBound(self._layer, neuron, side, value, multipliers, point, outcome)
 
 

@@ -9,7 +9,7 @@ from exact_truth import exact_ranges_1d, extremum_by_phases, interval_bounds, ml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exactprune.deciders.highs import HighsOptions
+from exactprune.deciders.highs import HighsOptions, SolveStatus
 from exactprune.deciders.lp import LayerLP, LayerMultipliers, lp_multipliers
 from exactprune.domain import Box, uniform
 from exactprune.network import Network
@@ -93,23 +93,33 @@ def test_a_full_leaf_is_exact(seed: int) -> None:
     split = np.flatnonzero((low[0] < 0) & (high[0] > 0))
     leaves = [lp.bound(0, "upper", {(0, int(i)): bool(pattern >> b & 1) for b, i in enumerate(split)})
               for pattern in range(2**split.size)]
-    values = [leaf.value for leaf in leaves if np.isfinite(leaf.value)]
+    values = [leaf.value for leaf in leaves if leaf.outcome.optimal]
     assert max(values) == pytest.approx(extremum_by_phases(network, box, 1, 0, 1), abs=1e-6)
 
 
-def test_an_empty_leaf_is_no_proof() -> None:
-    network = mlp(
-        [
-            (np.array([[1.0], [1.0]]), np.array([0.0, -1.0])),
-            (np.ones((1, 2)), np.zeros(1)),
-            (np.eye(1), np.zeros(1)),
-        ]
-    )
-    box = uniform(-2, 2, (1,))
+@pytest.mark.parametrize("seed", range(4))
+def test_an_empty_leaf_has_multipliers_that_prove_it(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    network, box = random_mlp(rng, [3, 8, 8, 1, 1]), uniform(-1, 1, (3,))
     low, high = interval_bounds(network, box)
-    found = LayerLP(network, box, low, high, 1).bound(0, "upper", {(0, 0): False, (0, 1): True})
-    assert found.value == np.inf
-    assert "no solution" in found.reason
+    lp = LayerLP(network, box, low, high, 2)
+    split = [(k, int(i)) for k in range(2) for i in np.flatnonzero((low[k] < 0) & (high[k] > 0))]
+    empty = 0
+    for _ in range(20):
+        phases = {at: bool(rng.random() < 0.5) for at in split}
+        side, sign = ("upper", 1) if rng.random() < 0.5 else ("lower", -1)
+        found = lp.bound(0, side, phases)
+        if found.outcome.status is SolveStatus.INFEASIBLE:
+            cut_low, cut_high = [a.copy() for a in low], [a.copy() for a in high]
+            for (layer, i), active in phases.items():
+                (cut_low if active else cut_high)[layer][i] = 0.0
+            proved = sign * certificate_bound(network, box, cut_low, cut_high, 2, 0, sign, dict(found.multipliers))
+            assert sign * proved < 0
+            assert sign * proved <= sign * found.value + 1e-6, (
+                "at these multipliers the certificate is at least as tight"
+            )
+            empty += 1
+    assert empty > 5
 
 
 def test_a_time_out_still_gives_a_valid_bound_or_none() -> None:
@@ -136,3 +146,9 @@ def test_never_tighter_than_the_truth(seed: int) -> None:
         scale = 1e-6 * max(1.0, float(most), -float(least))
         assert lp.bound(neuron, "upper").value >= float(most) - scale
         assert lp.bound(neuron, "lower").value <= float(least) + scale
+
+
+@pytest.mark.slow
+def test_never_tighter_than_the_truth_at_length() -> None:
+    for seed in range(2000):
+        test_never_tighter_than_the_truth.hypothesis.inner_test(seed)  # type: ignore[attr-defined]
