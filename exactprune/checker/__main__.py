@@ -40,9 +40,11 @@ def _shape(text: str) -> tuple[int, ...]:
 def _words(report: Report) -> str:
     if report.error:
         return f"rejected: {report.error}"
-    lines = [f"layer {r.layer}: {len(r.accepted)} of {r.neurons} neurons accepted, {len(r.rejected)} rejected" for r in report.layers]
+    lines = [f"layer {r.layer}: {len(r.accepted)} of {r.neurons} neurons accepted, {len(r.rejected)} rejected"
+             for r in report.layers]
     lines += [f"rejected: layer {k}, neuron {i}, {claim}: {why}" for k, i, claim, why in report.rejected[:SHOWN]]
-    lines.append(f"{'ACCEPTED' if report.accepted else 'REJECTED'} in {report.seconds:.2f} s (network: {report.source})")
+    verdict = "ACCEPTED" if report.accepted else "REJECTED"
+    lines.append(f"{verdict} in {report.seconds:.2f} s (network: {report.source})")
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """From the layers of a model file to the canonical network: what the readers of ``.pt`` and ``.onnx`` files share.
 
-Files are read at batch one. A ``Tensor`` is a node's output in the *full* shape the file gives it, batch axis included; a
+Files are read at batch one. A ``Tensor`` is a node's output in the *full* shape the file gives it, batch axis
+included; a
 node's own shape has no batch axis, and a reshape goes in between where they differ. At the end constants added after a
 product become its bias (0 + c), and a batch norm is folded, in float64 and in this order, rounded once to the dtype:
 ``s = gamma / sqrt(var + eps); weight' = weight * s; bias' = (bias - mean) * s + beta``; where there is no layer to fold
@@ -92,7 +93,8 @@ class Graph:
         if prod(shape) != prod(x.shape):
             raise CheckError(f"a constant enlarges a tensor of shape {x.shape}")
         layout = inner(shape)
-        arrays = {name: a.reshape(a.shape[max(0, a.ndim - len(layout)) :]) for name, a in (("scale", scale), ("shift", shift))}
+        arrays = {name: a.reshape(a.shape[max(0, a.ndim - len(layout)) :]) for name, a in (("scale", scale), ("shift",
+                                                                                                              shift))}
         return Tensor(self.emit(Op("Scale", arrays), self.laid(x, layout)), shape)
 
     def times(self, x: Tensor, factor: np.ndarray) -> Tensor:
@@ -122,7 +124,8 @@ class Graph:
 
     def _affine(self, x: Tensor, weight: np.ndarray, bias: np.ndarray | None) -> int:
         zero = np.zeros(weight.shape[0], weight.dtype)
-        y = self.emit(Op("Affine", {"weight": weight, "bias": zero if bias is None else bias}), self.laid(x, weight.shape[1:]))
+        y = self.emit(Op("Affine", {"weight": weight, "bias": zero if bias is None else bias}), self.laid(x,
+                                                                                                          weight.shape[1:]))
         if bias is None:
             self.open.add(y)
         return y
@@ -138,7 +141,8 @@ class Graph:
             raise CheckError(f"a convolution or pool on shape {x.shape}")
         return self.laid(x, x.shape[1:] if len(x.shape) == 4 else (x.shape[1], 1, x.shape[2]))
 
-    def convolution(self, x: Tensor, weight: np.ndarray, bias: np.ndarray | None, settings: dict[str, object]) -> Tensor:
+    def convolution(self, x: Tensor, weight: np.ndarray, bias: np.ndarray | None, settings: dict[str,
+                                                                                                 object]) -> Tensor:
         """A convolution; without a bias, a constant added next becomes it."""
         numbers = np.zeros(weight.shape[0], weight.dtype) if bias is None else bias
         y = self.spatial(x, Op("Conv2d", {"weight": weight, "bias": numbers}, settings))
@@ -181,7 +185,8 @@ class Graph:
         settings = {"kernel": block, "stride": block, "padding": (0, 0, 0, 0), "count_include_pad": True}
         return Tensor(self.emit(Op("AvgPool2d", {}, settings), self.laid(x, x.shape[1:])), (1, x.shape[1], 1, 1))
 
-    def batch_norm(self, x: Tensor, gamma: np.ndarray | None, beta: np.ndarray | None, mean: np.ndarray, var: np.ndarray,
+    def batch_norm(self, x: Tensor, gamma: np.ndarray | None, beta: np.ndarray | None, mean: np.ndarray,
+                   var: np.ndarray,
                    eps: float) -> Tensor:
         """A batch norm in evaluation mode over the second axis."""
         gamma = np.ones_like(mean) if gamma is None else gamma
@@ -189,7 +194,8 @@ class Graph:
         arrays = {k: self.numbers(a) for k, a in (("gamma", gamma), ("beta", beta), ("mean", mean), ("var", var))}
         fits = len(x.shape) > 1 and x.shape[0] == 1 and {a.shape for a in arrays.values()} == {x.shape[1:2]}
         with np.errstate(all="ignore"):
-            if not (fits and all(np.isfinite(a).all() for a in arrays.values()) and (var.astype(np.float64) + eps > 0).all()):
+            if not (fits and all(np.isfinite(a).all() for a in arrays.values())
+                    and (var.astype(np.float64) + eps > 0).all()):
                 raise CheckError("a batch norm does not fit its input, or its statistics are not usable")
         op = Op("BatchNorm", arrays, {"eps": float(eps), "rank": len(x.shape) - 1})
         return Tensor(self.emit(op, self.laid(x, x.shape[1:])), x.shape)
@@ -263,7 +269,8 @@ class _Folding:
         if op.kind == "BatchNorm":
             s, shift = self._coefficients(op, np.zeros(1))
             shape = (-1, *[1] * (op.settings["rank"] - 1))
-            op = Op("Scale", {"scale": s.astype(self.dtype).reshape(shape), "shift": shift.astype(self.dtype).reshape(shape)})
+            op = Op("Scale", {"scale": s.astype(self.dtype).reshape(shape),
+                              "shift": shift.astype(self.dtype).reshape(shape)})
         if is_open:
             self.open.add(len(self.kept))
         self.kept.append(Node(op, tuple(self.place[i] for i in node.inputs)))
@@ -272,7 +279,9 @@ class _Folding:
         """Place of the kept node that takes this one in, or the next free place."""
         source = node.inputs[0]
         folded = source != INPUT and self.readers[source] == 1 and (
-            (node.op.kind == "BatchNorm" and self._norm(node.op, source)) or (_is_shift(node.op) and self._shift(node.op, source)))
+            (node.op.kind == "BatchNorm" and self._norm(node.op, source))
+                                                                    or (_is_shift(node.op) and self._shift(node.op,
+                                                                                                           source)))
         return self.place[source] if folded else len(self.kept)
 
     def _producer(self, source: int) -> int:

@@ -167,7 +167,8 @@ class Bounds:
         close = close[np.argsort(values[close], kind="stable")][:EXACT_ROWS]
         if len(close):
             again = {k: h.rows(close) for k, h in hints.items()}
-            better = self.maximise(layer, neurons[close], signs[close], region.rows(close, len(neurons)), again, exact=True)
+            better = self.maximise(layer, neurons[close], signs[close], region.rows(close, len(neurons)), again,
+                                   exact=True)
             values[close] = np.minimum(values[close], better)
         return values
 
@@ -223,7 +224,8 @@ class Bounds:
     def _magnitude(self, v: Dyadic, position: int) -> Array:
         lower, upper = self.ranges[position]
         span = max(np.abs(lower).max(initial=0.0), np.abs(upper).max(initial=0.0))
-        return np.ldexp(span, np.minimum(dyadic.row_width(v.values) + v.exponent, 1000))
+        with np.errstate(over="ignore"):
+            return np.ldexp(span, np.clip(dyadic.row_width(v.values) + v.exponent, -2000, 2000))
 
     def _start(self, node: int, neurons: Array, signs: Array, exact: bool) -> tuple[dict[int, Dyadic], Dyadic | None]:
         layer = self.layers[node] if node != INPUT else None
@@ -290,7 +292,7 @@ def _fixed(v: Array, region: Region, layer: int, exact: bool) -> Array:
 
 
 def _common_grid(v: Dyadic, hint: Multipliers, exact: bool) -> Dyadic:
-    """The rows on a grid that holds the given multipliers too: finer where exact, else coarse enough for ``BITS`` bits."""
+    """The rows on a grid that holds the given multipliers too: finer where exact, else coarser if they need it."""
     if exact:
         exponent = np.minimum(v.exponent, -hint.shift)
         return Dyadic(dyadic.shift_left(v.values.astype(object), (v.exponent - exponent)[:, None]), exponent, v.divisor)

@@ -1,7 +1,8 @@
 """Trees of input splits: claims on sub-boxes of the domain, checked by bounds computed afresh on each.
 
 On a sub-box, layer after layer: interval bounds, intersected with those known on the whole domain, then both sides by
-backward substitution with the fixed slopes for every neuron that is still unstable there. Many sub-boxes form one batch.
+backward substitution with the fixed slopes for every neuron that is still unstable there. Many sub-boxes form one
+batch.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def read(record: dict[str, Any], sizes: list[int], lower: Array, upper: Array) -
 def _tree(dims: Array, at: Array, lower: Array, upper: Array) -> tuple[Array, Array, list[tuple[int, int] | None]]:
     low, high = np.empty((len(dims), len(lower))), np.empty((len(dims), len(lower)))
     children: list[list[int]] = [[] for _ in dims]
-    waiting: list[tuple[int, bool]] = [(-1, False)]  # (parent, upper half) of the boxes that are still to come, last first
+    waiting: list[tuple[int, bool]] = [(-1,
+                                        False)]  # (parent, upper half) of the boxes that are still to come, last first
     for node, dim in enumerate(dims):
         if not waiting:
             raise CheckError("boxes: entries after the last leaf")
@@ -143,7 +145,8 @@ def _check_part(bounds: Bounds, tree: Splits, last: int, nodes: list[int], claim
             open_rows = np.flatnonzero((values > 0) & (signs == sign))
             values[open_rows] = bounds.decide(layer, neurons[open_rows], signs[open_rows],
                                               region.rows(rows[open_rows], len(nodes)))
-        for row, neuron, sign, value in zip(rows.tolist(), neurons.tolist(), signs.tolist(), values.tolist(), strict=True):
+        for row, neuron, sign, value in zip(rows.tolist(), neurons.tolist(), signs.tolist(), values.tolist(),
+                                            strict=True):
             if value <= 0:
                 held.setdefault((layer, neuron, sign), set()).add(nodes[row])
             else:

@@ -1,8 +1,10 @@
 """Exact arithmetic on arrays of integers times powers of two.
 
 A ``Dyadic`` holds ``values[r, ...] * 2**exponent[r] / divisor`` with integer values: int64 while everything fits into
-62 bits, Python integers (dtype object) beyond. Matrix products are exact and come from float64 BLAS: both factors are cut
-into limbs few enough bits wide that every partial sum is an integer of at most 53 bits, which float64 holds exactly in any
+62 bits, Python integers (dtype object) beyond. Matrix products are exact and come from float64 BLAS: both factors are
+cut
+into limbs few enough bits wide that every partial sum is an integer of at most 53 bits, which float64 holds exactly
+in any
 order of summation, fused or not (Ozaki, Ogita, Oishi, Rump: Error-free transformations of matrix multiplication, 2012).
 
 Rounding is always explicit and always upward; rounding down is ``-up(-x)``.
@@ -96,7 +98,8 @@ def shift_right_up(values: Array, shift: Array | int) -> Array:
     if values.dtype == object:
         shift = shift.astype(object) if isinstance(shift, np.ndarray) else shift
         return -((-values) >> shift)
-    return -((-values) >> np.minimum(shift, WORD))  # at 62 and beyond the result is 1 or 0: both at least the exact value
+    return -((-values) >> np.minimum(shift,
+                                     WORD))  # at 62 and beyond the result is 1 or 0: both at least the exact value
 
 
 def round_up(number: Dyadic, bits: int) -> tuple[Dyadic, Array]:
@@ -168,10 +171,12 @@ def matrix(values: Array, exponent: int, terms: int) -> Matrix:
     return Matrix(tuple(_limbs(values, bits)), width(values), exponent, terms)
 
 
-def product(values: Array, right: Matrix, transpose: bool = False, finish: Callable[[Array], Array] = lambda x: x) -> Array:
+def product(values: Array, right: Matrix, transpose: bool = False, finish: Callable[[Array],
+                                                                                    Array] = lambda x: x) -> Array:
     """``finish(values @ right)`` (or ``right.T``), exactly: integers (..., m, k) times (..., k, n).
 
-    ``finish`` rearranges and adds entries, each sum counting for the ``terms`` that ``right`` was made for; it is applied
+    ``finish`` rearranges and adds entries, each sum counting for the ``terms`` that ``right`` was made for; it is
+    applied
     to every pair of limbs while these are float64, before the wider integers are put together.
     """
     wide = width(values) + right.width + right.terms.bit_length() > WORD
@@ -192,7 +197,8 @@ def product(values: Array, right: Matrix, transpose: bool = False, finish: Calla
 def scale_up(x: Array, shift: Array | int) -> Array:
     """``ceil(x * 2**shift)`` as int64, for floats x with abs(x) * 2**shift < 2**62."""
     scaled = np.ceil(np.ldexp(x, shift))
-    return np.where((x > 0) & (scaled <= 0), 1.0, scaled).astype(np.int64)  # underflow of ldexp must not lose a positive
+    return np.where((x > 0) & (scaled <= 0), 1.0,
+                    scaled).astype(np.int64)  # underflow of ldexp must not lose a positive
 
 
 def exact_int(x: Array) -> tuple[Array, int]:
@@ -247,7 +253,8 @@ def to_float_up(number: Dyadic) -> Array:
         return np.array(each, np.float64).reshape(values.shape)
     near = values.astype(np.float64)
     near = np.where(near.astype(np.int64) < values, np.nextafter(near, np.inf), near)
-    scaled = np.ldexp(near, column(number.exponent, values))
+    with np.errstate(over="ignore"):
+        scaled = np.maximum(np.ldexp(near, column(number.exponent, values)), -sys.float_info.max)
     scaled = np.where((values > 0) & (scaled < 2.0**TINY), 2.0**TINY, scaled)
     return np.where((values < 0) & (scaled > -(2.0**TINY)), 0.0, scaled)
 

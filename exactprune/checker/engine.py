@@ -1,4 +1,5 @@
-"""The check itself: records in file order, each narrowing what is known, and at the end every claim accepted or rejected.
+"""The check itself: records in file order, each narrowing what is known, and at the end every claim accepted or
+rejected.
 
 A malformed record rejects everything. A proof that does not check is no error: it narrows nothing, and the verdict that
 needed it is rejected.
@@ -79,7 +80,7 @@ def check(given: Any, lower: Array, upper: Array, lines: Iterable[dict[str, Any]
         _Check(network.of(given), lower, upper, report).run(lines)
     except CheckError as error:
         report.error = str(error)
-    except (MemoryError, OverflowError, RecursionError) as error:
+    except Exception as error:  # nothing unforeseen may pass for an acceptance
         report.error = f"cannot be checked: {type(error).__name__}: {error}"
     report.seconds = time.perf_counter() - started
     return report
@@ -90,7 +91,7 @@ class _Check:
         self.network, self.report = net, report
         self.lower, self.upper = (np.array(b, np.float64) for b in (lower, upper))
         if self.lower.shape != net.input_shape or self.upper.shape != net.input_shape:
-            raise CheckError(f"the domain has shape {list(self.lower.shape)}, the network's input {list(net.input_shape)}")
+            raise CheckError(f"the domain has shape {list(self.lower.shape)}, the input {list(net.input_shape)}")
         if not (np.isfinite(self.lower).all() and np.isfinite(self.upper).all() and (self.lower <= self.upper).all()):
             raise CheckError("the domain is empty or not bounded by finite numbers")
         self.sizes = [int(np.prod(net.shapes[i])) for i in net.relus]
@@ -100,7 +101,8 @@ class _Check:
         self.reasons: dict[tuple[int, int, str], str] = {}
         self.judged: set[int] = set()
         report.layers = [LayerReport(k, n) for k, n in enumerate(self.sizes)]
-        report.counts = {"neurons": sum(self.sizes), "inactive": 0, "active": 0, "unstable": 0, "unknown": 0, "rejected": 0}
+        report.counts = {"neurons": sum(self.sizes), "inactive": 0, "active": 0, "unstable": 0, "unknown": 0,
+                         "rejected": 0}
 
     def run(self, lines: Iterable[dict[str, Any]]) -> None:
         handlers = {"crown": self._crown, "linear": self._linear, "boxes": self._boxes, "points": self._points,
@@ -132,12 +134,13 @@ class _Check:
         if form != records.FORMAT:
             raise CheckError(f"format {form!r}; this checker reads {records.FORMAT}")
         if net != self.network.sha256:
-            raise CheckError(f"the certificate is for network {str(net)[:16]}..., the model is {self.network.sha256[:16]}...")
+            raise CheckError(f"it is for network {str(net)[:16]}..., the model is {self.network.sha256[:16]}...")
         if domain != network.domain_sha256(self.lower, self.upper):
             raise CheckError("the certificate is for another domain")
         if dtype != self.network.dtype or shape != list(self.network.input_shape):
             raise CheckError("the header's dtype or input shape is not the model's")
-        told = [(e.get("node"), e.get("neurons")) if isinstance(e, dict) else None for e in records.listed(layers, "layers")]
+        told = [(e.get("node"), e.get("neurons")) if isinstance(e, dict) else None for e in records.listed(layers,
+                                                                                                           "layers")]
         if told != list(zip(self.network.relus, self.sizes, strict=True)):
             raise CheckError("the header's layers are not the model's")
 
@@ -168,7 +171,8 @@ class _Check:
         """Narrow one side of some neurons; what ends just beyond 0 is computed again exactly."""
         sign = 1 if side == "upper" else -1
         hints = records.dense(entries, self.sizes)
-        values = self.bounds.decide(layer, neurons, np.full(len(neurons), sign, np.int64), self.bounds.domain(layer), hints)
+        values = self.bounds.decide(layer, neurons, np.full(len(neurons), sign, np.int64), self.bounds.domain(layer),
+                                    hints)
         self.bounds.narrow(layer, neurons, side, values)
         for neuron, value in zip(neurons[values > 0], values[values > 0], strict=True):
             self.reasons[layer, int(neuron), side] = f"its one-leaf bound misses 0 by {value:.3g}"

@@ -5,8 +5,10 @@ Every operator answers three questions about y = op(x):
 - ``interval``: float64 bounds on y from float64 bounds on x, rounded outward;
 - ``backward``: given rows v (a linear form v . y each), rows w and constants c with v . y <= w . x + c.
 
-Two precisions: *coarse* (``EXACT`` false) carries rows of ``BITS`` bits in int64, with weights rounded to a grid and the
-rounding errors added to the biases as intervals; *exact* carries rows without any rounding. What rounding costs is always
+Two precisions: *coarse* (``EXACT`` false) carries rows of ``BITS`` bits in int64, with weights rounded to a grid and
+the
+rounding errors added to the biases as intervals; *exact* carries rows without any rounding. What rounding costs is
+always
 added to c, so both are sound: rounding a row v up to v' costs (v' - v) . max(-y, 0) <= unit * sum max(-lower(y), 0).
 """
 
@@ -47,7 +49,7 @@ def interval(lower: Array, upper: Array, exact: bool) -> Interval:
 
 
 def gather_constants(terms: Array, row_exponent: Array, exponent: Array) -> Dyadic:
-    """Per row, the sum of terms[r, j] * 2**(row_exponent[r] + exponent[., j]), rounded up to the coarsest exponent if int64."""
+    """Sums over j of terms[r, j] * 2**(row_exponent[r] + exponent[., j]); int64 terms rounded up to the coarsest."""
     if exponent.size == 0:
         return Dyadic(np.zeros(len(terms), object), row_exponent)
     if terms.dtype == object:
@@ -78,7 +80,7 @@ def rounding_cost(changed: Array, exponent: Array, lower: Array) -> Dyadic:
 
 
 def _pad(x: Array, pads: Sequence[Sequence[int]], value: float) -> Array:
-    """Constant padding of (rows, *shape); unlike ``np.pad`` it leaves no numpy integers in arrays of Python integers."""
+    """Constant padding of (rows, *shape); ``np.pad`` would put numpy integers, which wrap, among Python integers."""
     shape = (len(x), *(n + before + after for n, (before, after) in zip(x.shape[1:], pads, strict=True)))
     padded = np.full(shape, value, x.dtype)
     padded[(slice(None), *(slice(b, b + n) for (b, _), n in zip(pads, x.shape[1:], strict=True)))] = x
@@ -159,13 +161,18 @@ class Permute(Layer):
         return x.transpose(0, *(i + 1 for i in self.op.settings["permutation"]))
 
     def exact(self, *inputs: Dyadic) -> Dyadic:
+        """Exact values at points; see ``Layer``."""
         return self._same(inputs[0], self._forward(inputs[0].values))
 
     def interval(self, bounds: list[tuple[Array, Array]], exact: bool) -> tuple[Array, Array]:
+        """Outward-rounded bounds; see ``Layer``."""
         return self._forward(bounds[0][0]), self._forward(bounds[0][1])
 
     def backward(self, v: Dyadic, exact: bool) -> tuple[Dyadic, Dyadic | None]:
-        return self._same(v, v.values.transpose(0, *(int(i) + 1 for i in np.argsort(self.op.settings["permutation"])))), None
+        """Backward substitution; see ``Layer``."""
+        return self._same(v, v.values.transpose(0,
+                                                *(int(i) + 1
+                                                  for i in np.argsort(self.op.settings["permutation"])))), None
 
 
 class Padding(Layer):
@@ -179,14 +186,17 @@ class Padding(Layer):
         return self._forward(np.zeros((1, *self.shape)), float(self.op.settings["value"]))
 
     def exact(self, *inputs: Dyadic) -> Dyadic:
+        """Exact values at points; see ``Layer``."""
         (x,) = inputs
         return dyadic.add(self._same(x, self._forward(x.values, 0)), _repeated(self._outside, len(x.values)))
 
     def interval(self, bounds: list[tuple[Array, Array]], exact: bool) -> tuple[Array, Array]:
+        """Outward-rounded bounds; see ``Layer``."""
         value = float(self.op.settings["value"])
         return self._forward(bounds[0][0], value), self._forward(bounds[0][1], value)
 
     def backward(self, v: Dyadic, exact: bool) -> tuple[Dyadic, Dyadic | None]:
+        """Backward substitution; see ``Layer``."""
         outside = self._outside.reshape(1, -1)
         inner = tuple(slice(b, b + n) for (b, _), n in zip(self.op.settings["pads"], self.shape, strict=True))
         return self._same(v, v.values[(slice(None), *inner)]), support(v, interval(outside, outside, exact))
@@ -201,13 +211,16 @@ class Sum(Layer):
     """y = x1 + x2."""
 
     def exact(self, *inputs: Dyadic) -> Dyadic:
+        """Exact values at points; see ``Layer``."""
         return dyadic.add(inputs[0], inputs[1])
 
     def interval(self, bounds: list[tuple[Array, Array]], exact: bool) -> tuple[Array, Array]:
+        """Outward-rounded bounds; see ``Layer``."""
         (l1, u1), (l2, u2) = bounds
         return -dyadic.add_up(-l1, -l2), dyadic.add_up(u1, u2)
 
     def backward(self, v: Dyadic, exact: bool) -> tuple[Dyadic, Dyadic | None]:
+        """Backward substitution; see ``Layer``."""
         return v, None
 
 
@@ -215,9 +228,11 @@ class ReLU(Layer):
     """y = max(x, 0); its backward step needs bounds and is in ``bounds``."""
 
     def exact(self, *inputs: Dyadic) -> Dyadic:
+        """Exact values at points; see ``Layer``."""
         return self._same(inputs[0], np.maximum(inputs[0].values, 0))
 
     def interval(self, bounds: list[tuple[Array, Array]], exact: bool) -> tuple[Array, Array]:
+        """Outward-rounded bounds; see ``Layer``."""
         return np.maximum(bounds[0][0], 0.0), np.maximum(bounds[0][1], 0.0)
 
 
@@ -231,9 +246,11 @@ class Scale(Layer):
         return scale, shift
 
     def prepare(self, lower: Array, upper: Array) -> None:
+        """Bounds of the input, before any coarse step; see ``Layer``."""
         self._lower = lower
 
     def exact(self, *inputs: Dyadic) -> Dyadic:
+        """Exact values at points; see ``Layer``."""
         (x,) = inputs
         scale, shift = self._parts
         values, exponent = dyadic.exact_int(scale)
@@ -241,15 +258,18 @@ class Scale(Layer):
         return dyadic.add(scaled, _repeated(shift, len(x.values)))
 
     def interval(self, bounds: list[tuple[Array, Array]], exact: bool) -> tuple[Array, Array]:
+        """Outward-rounded bounds; see ``Layer``."""
         (lower, upper), = bounds
         scale, shift = self._parts
         low, high = np.where(scale >= 0, lower, upper), np.where(scale >= 0, upper, lower)
         if exact:
             return (-dyadic.to_float_up(_negative(self.exact(dyadic.from_float(low)))),
                     dyadic.to_float_up(self.exact(dyadic.from_float(high))))
-        return (-dyadic.add_up(dyadic.multiply_up(-low, scale), -shift), dyadic.add_up(dyadic.multiply_up(high, scale), shift))
+        return (-dyadic.add_up(dyadic.multiply_up(-low, scale), -shift), dyadic.add_up(dyadic.multiply_up(high, scale),
+                                                                                       shift))
 
     def backward(self, v: Dyadic, exact: bool) -> tuple[Dyadic, Dyadic | None]:
+        """Backward substitution; see ``Layer``."""
         scale, shift = (a.reshape(1, -1) for a in self._parts)
         constant = support(v, interval(shift, shift, exact))
         if exact:
@@ -288,14 +308,16 @@ class Linear(Layer):
     def _columns(self, x: Array) -> Array:
         if self.windows is None:
             return x[None]
-        found = self.windows.gather(x).reshape(len(x), self.groups, -1, prod(self.windows.out), prod(self.windows.kernel))
+        found = self.windows.gather(x).reshape(len(x), self.groups, -1, prod(self.windows.out),
+                                               prod(self.windows.kernel))
         return found.transpose(1, 0, 3, 2, 4).reshape(self.groups, len(x) * prod(self.windows.out), -1)
 
     def _from_columns(self, columns: Array, rows: int) -> Array:
         if self.windows is None:
             return columns[0]
         split = columns.reshape(self.groups, rows, *self.windows.out, -1, prod(self.windows.kernel))
-        merged = split.transpose(1, 0, 4, 2, 3, 5).reshape(rows, self.shape[0], *self.windows.out, prod(self.windows.kernel))
+        merged = split.transpose(1, 0, 4, 2, 3, 5).reshape(rows, self.shape[0], *self.windows.out,
+                                                           prod(self.windows.kernel))
         return self.windows.scatter(merged)
 
     def _outputs(self, products: Array, rows: int) -> Array:
@@ -341,12 +363,14 @@ class Linear(Layer):
     # the three questions
 
     def exact(self, *inputs: Dyadic) -> Dyadic:
+        """Exact values at points; see ``Layer``."""
         (x,) = inputs
         weights = self._exact[0]
         y = Dyadic(self._apply(x.values, weights), x.exponent + weights.exponent, x.divisor)
         return dyadic.add(y, _repeated(self.bias, len(x.values)))
 
     def interval(self, bounds: list[tuple[Array, Array]], exact: bool) -> tuple[Array, Array]:
+        """Outward-rounded bounds; see ``Layer``."""
         (lower, upper), = bounds
         return -self._upper(-upper, -lower, exact, -1), self._upper(lower, upper, exact, 1)
 
@@ -361,10 +385,12 @@ class Linear(Layer):
         return dyadic.add_up(dyadic.to_float_up(y), self._bias[1] if sign > 0 else -self._bias[0])
 
     def backward(self, v: Dyadic, exact: bool) -> tuple[Dyadic, Dyadic | None]:
+        """Backward substitution; see ``Layer``."""
         weights = (self._exact if exact else self._coarse)[0]
         low, high = (self.bias, self.bias) if exact else self._bias
         constant = support(v, interval(low.reshape(1, -1), high.reshape(1, -1), exact))
-        values = dyadic.product(self._from_outputs(v.values), weights, False, lambda x: self._from_columns(x, len(v.values)))
+        values = dyadic.product(self._from_outputs(v.values), weights, False, lambda x: self._from_columns(x,
+                                                                                                           len(v.values)))
         return Dyadic(values, v.exponent + weights.exponent, v.divisor), constant
 
     def rows(self, outputs: Array, sign: int, exact: bool) -> tuple[Dyadic, Dyadic] | None:
@@ -405,15 +431,18 @@ class AvgPool(Layer):
         self.multiple = math.lcm(*(int(d) for d in np.unique(self.divisors)))
 
     def prepare(self, lower: Array, upper: Array) -> None:
+        """Bounds of the input, before any coarse step; see ``Layer``."""
         self._lower = self.interval([(lower, upper)], False)[0]
 
     def exact(self, *inputs: Dyadic) -> Dyadic:
+        """Exact values at points; see ``Layer``."""
         (x,) = inputs
         factor = (self.multiple // self.divisors).astype(object)
         total = self.windows.gather(x.values.astype(object)).sum(axis=-1) * factor
         return Dyadic(dyadic.narrow(total), x.exponent, x.divisor * self.multiple)
 
     def interval(self, bounds: list[tuple[Array, Array]], exact: bool) -> tuple[Array, Array]:
+        """Outward-rounded bounds; see ``Layer``."""
         (lower, upper), = bounds
         if exact:
             return (-dyadic.to_float_up(self.exact(dyadic.from_float(-lower))),
@@ -428,6 +457,7 @@ class AvgPool(Layer):
         return np.where(total == 0, 0.0, np.nextafter(total / self.divisors, np.inf))
 
     def backward(self, v: Dyadic, exact: bool) -> tuple[Dyadic, Dyadic | None]:
+        """Backward substitution; see ``Layer``."""
         if exact:
             part = Dyadic(dyadic.multiply(v.values, (self.multiple // self.divisors).astype(object)), v.exponent,
                           v.divisor * self.multiple)
@@ -453,12 +483,14 @@ class MaxPool(Layer):
             raise CheckError("MaxPool2d: a window lies in the padding altogether")
 
     def exact(self, *inputs: Dyadic) -> Dyadic:
+        """Exact values at points; see ``Layer``."""
         (x,) = inputs
         taken = self.windows.gather(x.values)
         lowest = column(x.values.reshape(len(x.values), -1).min(axis=1), taken)
         return self._same(x, np.where(self.real, taken, lowest).max(axis=-1))
 
     def interval(self, bounds: list[tuple[Array, Array]], exact: bool) -> tuple[Array, Array]:
+        """Outward-rounded bounds; see ``Layer``."""
         (lower, upper), = bounds
         return self.windows.gather(lower, -np.inf).max(axis=-1), self.windows.gather(upper, -np.inf).max(axis=-1)
 

@@ -1,7 +1,9 @@
 """The network as the checker sees it: operators in topological order, their stored floats, their shapes, their hash.
 
-``INPUT`` (-1) stands for the network's input; the last node is the output. The canonical form (what ``tidy`` returns) and
-the hash are those of the certificate's header, so a certificate belongs to one function in one dtype, whatever its file.
+``INPUT`` (-1) stands for the network's input; the last node is the output. The canonical form (what ``tidy`` returns)
+and
+the hash are those of the certificate's header, so a certificate belongs to one function in one dtype, whatever its
+file.
 """
 
 from __future__ import annotations
@@ -114,7 +116,8 @@ def of(network: Any) -> Network:
     ``input_shape`` and ``dtype``."""
     if isinstance(network, Network):
         return network
-    nodes = tuple(Node(Op(n.op.kind, dict(n.op.arrays()), dict(n.op.settings())), tuple(n.inputs)) for n in network.nodes)
+    nodes = tuple(Node(Op(n.op.kind, dict(n.op.arrays()), dict(n.op.settings())), tuple(n.inputs))
+                  for n in network.nodes)
     return Network(nodes, tuple(network.input_shape), str(np.dtype(network.dtype).name))
 
 
@@ -167,7 +170,8 @@ def reaching(nodes: Sequence[Node], output: int) -> set[int]:
 
 
 def _describe(node: Node) -> dict[str, object]:
-    arrays = {name: {"shape": list(a.shape), "sha256": hashlib.sha256(a.astype(a.dtype.newbyteorder("<")).tobytes()).hexdigest()}
+    arrays = {name: {"shape": list(a.shape),
+                     "sha256": hashlib.sha256(a.astype(a.dtype.newbyteorder("<")).tobytes()).hexdigest()}
               for name, a in node.op.arrays.items()}
     return {"op": node.op.kind, "inputs": list(node.inputs), "settings": node.op.settings, "arrays": arrays}
 

@@ -1,6 +1,7 @@
 """The protobuf wire format (https://protobuf.dev/programming-guides/encoding), read into plain lists: enough for ONNX.
 
-A message is a sequence of (field number, wire type, payload). ``Message`` keeps the payloads by field number: integers for
+A message is a sequence of (field number, wire type, payload). ``Message`` keeps the payloads by field number:
+integers for
 varints, bytes for everything else.
 """
 

@@ -165,7 +165,8 @@ class _View:
 def _read_node(graph: Graph, node: Message, values: dict[str, Value], opset: int) -> None:
     view = _View(node, values, opset)
     view.require(node.text(7) in ("", "ai.onnx"), f"operators of {node.text(7)}")
-    view.require(len(view.outputs) == 1 and view.outputs[0] not in values, "several outputs, or one name for two values")
+    view.require(len(view.outputs) == 1 and view.outputs[0] not in values,
+                 "several outputs, or one name for two values")
     values[view.outputs[0]] = _value(graph, view)
 
 
@@ -229,7 +230,8 @@ def _gemm(graph: Graph, view: _View) -> Tensor:
         return graph.linear(x, weight, None)
     bias = _scaled(graph.numbers(third), view.float("beta", 1.0))
     view.require(bias.size in (1, len(weight)), "a bias of another size")
-    return graph.linear(x, weight, np.broadcast_to(bias.reshape(1), (len(weight),)) if bias.size == 1 else bias.reshape(-1))
+    return graph.linear(x, weight, np.broadcast_to(bias.reshape(1), (len(weight),))
+                        if bias.size == 1 else bias.reshape(-1))
 
 
 def _scaled(array: np.ndarray, factor: float) -> np.ndarray:
@@ -307,7 +309,8 @@ def _conv(graph: Graph, view: _View) -> Tensor:
     x, weight, bias = view.tensor(0), graph.numbers(view.array(1)), view.optional(2)
     stride, dilation, padding = _windows(view, weight.shape[2:], x)
     weight = weight[:, :, None, :] if weight.ndim == 3 else weight
-    settings: dict[str, object] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": view.int("group", 1)}
+    settings: dict[str, object] = {"stride": stride, "padding": padding, "dilation": dilation,
+                                   "groups": view.int("group", 1)}
     return graph.convolution(x, weight, None if bias is None else graph.numbers(bias), settings)
 
 

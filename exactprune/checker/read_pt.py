@@ -1,6 +1,7 @@
 """Reading a ``.pt`` file that holds a whole ``nn.Sequential``, without torch and without running anything from it.
 
-The file is a zip archive of stored members: ``<root>/data.pkl``, a pickle in which every tensor refers to a storage, and
+The file is a zip archive of stored members: ``<root>/data.pkl``, a pickle in which every tensor refers to a storage,
+and
 ``<root>/data/<key>``, the storages' bytes. The pickle machine is given inert stand-ins only; any other global ends it.
 """
 
@@ -23,7 +24,8 @@ from exactprune.checker.network import CheckError, Network, OpenShapeError, Shap
 
 MAX_PICKLE = 64 << 20
 MODULES = "torch.nn.modules."
-STORAGES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2", "LongStorage": "<i8", "IntStorage": "<i4"}
+STORAGES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2", "LongStorage": "<i8",
+            "IntStorage": "<i4"}
 IDENTITIES = ("Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout")
 
 
@@ -38,6 +40,7 @@ class Module:
         return object.__new__(cls)
 
     def __setstate__(self, state: object) -> None:
+        """Keep the attributes."""
         if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
             raise CheckError(f"the pickle gives a {self.path} a strange state")
         self.state: dict[str, Any] = state
@@ -86,7 +89,8 @@ class _Unpickler(pickle.Unpickler):
 def _rebuild(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> np.ndarray:
     """A copy of a strided view, which must lie in its storage and not be larger."""
     numbers = (offset, *size, *stride)
-    if not isinstance(storage, np.ndarray) or any(type(n) is not int or n < 0 for n in numbers) or len(size) != len(stride):
+    if not isinstance(storage, np.ndarray) or any(type(n) is not int or n < 0
+                                                  for n in numbers) or len(size) != len(stride):
         raise CheckError("a tensor is malformed")
     if (len(rest) > 1 and rest[1]) or len(size) > 16:
         raise CheckError("a tensor carries hooks or too many axes")
@@ -139,7 +143,8 @@ def _load(path: Path) -> object:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
             names = [i.filename for i in infos]
-            if any(i.compress_type != zipfile.ZIP_STORED or i.flag_bits & 1 for i in infos) or len(set(names)) != len(names):
+            if any(i.compress_type != zipfile.ZIP_STORED or i.flag_bits & 1
+                   for i in infos) or len(set(names)) != len(names):
                 raise CheckError("its members are compressed, encrypted or doubled, which torch.save never does")
             roots = [n.removesuffix("data.pkl") for n in names if n.endswith("data.pkl") and n.count("/") <= 1]
             if len(roots) != 1 or sum(i.file_size for i in infos) > path.stat().st_size:
@@ -236,14 +241,17 @@ def _linear(graph: Graph, layer: _Layer, x: Tensor) -> Tensor:
 
 def _conv(graph: Graph, layer: _Layer, x: Tensor) -> Tensor:
     weight, bias = graph.numbers(layer.array("weight", 4)), layer.optional("bias", 1)
-    layer.require(layer.get("padding_mode", "zeros") == "zeros" and not layer.get("transposed", False), "an unknown kind of convolution")
+    layer.require(layer.get("padding_mode", "zeros") == "zeros" and not layer.get("transposed", False),
+                  "an unknown kind of convolution")
     dilation = layer.pair("dilation", 1)
     if layer.get("padding", 0) == "same":
         total = [d * (k - 1) for k, d in zip(weight.shape[2:], dilation, strict=True)]
         padding = (total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2)
     else:
-        padding = (0, 0, 0, 0) if layer.get("padding", 0) == "valid" else (*layer.pair("padding", 0), *layer.pair("padding", 0))
-    settings = {"stride": layer.pair("stride", 1), "padding": padding, "dilation": dilation, "groups": layer.get("groups", 1)}
+        padding = (0, 0, 0, 0) if layer.get("padding", 0) == "valid" else (*layer.pair("padding", 0),
+                                                                           *layer.pair("padding", 0))
+    settings = {"stride": layer.pair("stride", 1), "padding": padding, "dilation": dilation,
+                "groups": layer.get("groups", 1)}
     layer.require(type(settings["groups"]) is int, "groups is no integer")
     return graph.convolution(x, weight, None if bias is None else graph.numbers(bias), settings)
 
@@ -275,7 +283,8 @@ def _adaptive(graph: Graph, layer: _Layer, x: Tensor) -> Tensor:
     wanted = (size, size) if type(size) is int else size
     layer.require(isinstance(wanted, (tuple, list)) and len(wanted) == 2 and len(x.shape) == 4, "its output size")
     wanted = [g if w is None else w for g, w in zip(given, wanted, strict=True)]
-    layer.require(all(type(w) is int and w > 0 and g % w == 0 for g, w in zip(given, wanted, strict=True)), "unequal blocks")
+    layer.require(all(type(w) is int and w > 0 and g % w == 0 for g, w in zip(given, wanted, strict=True)),
+                  "unequal blocks")
     block = [g // w for g, w in zip(given, wanted, strict=True)]
     return graph.avg_pool(x, block, block, (0, 0, 0, 0), True)
 
@@ -288,7 +297,8 @@ def _flatten(graph: Graph, layer: _Layer, x: Tensor) -> Tensor:
 
 def _unflatten(graph: Graph, layer: _Layer, x: Tensor) -> Tensor:
     axis, sizes = layer.get("dim", 1), layer.get("unflattened_size", ())
-    fine = type(axis) is int and axis % len(x.shape) != 0 and isinstance(sizes, (tuple, list)) and all(type(n) is int for n in sizes)
+    fine = type(axis) is int and axis % len(x.shape) != 0 and isinstance(sizes, (tuple, list)) and all(type(n) is int
+                                                                                                       for n in sizes)
     layer.require(fine, "its shape")
     axis %= len(x.shape)
     return graph.reshape(x, (*x.shape[:axis], *sizes, *x.shape[axis + 1 :]))
@@ -296,7 +306,8 @@ def _unflatten(graph: Graph, layer: _Layer, x: Tensor) -> Tensor:
 
 def _pad(graph: Graph, layer: _Layer, x: Tensor) -> Tensor:
     sizes, value = layer.get("padding", ()), layer.get("value", 0.0)
-    fine = isinstance(sizes, (tuple, list)) and len(sizes) == 4 and all(type(s) is int for s in sizes) and len(x.shape) == 4
+    fine = isinstance(sizes, (tuple, list)) and len(sizes) == 4 and all(type(s) is int
+                                                                        for s in sizes) and len(x.shape) == 4
     layer.require(fine and isinstance(value, (int, float)), "its padding")
     left, right, top, bottom = sizes
     return graph.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)), float(value))

@@ -31,7 +31,8 @@ def read_network(path: str | Path, input_shape: Shape | None = None) -> Network:
 def check_run(model: str | Path, run: str | Path, exact: bool = True, input_shape: Shape | None = None) -> Report:
     """Check a run folder against a model file.
 
-    A sound model file whose kind or operators the checker's readers do not know is taken from the run's ``network.npz``, which the report says: then the
+    A sound model file whose kind or operators the checker's readers do not know is taken from the run's
+    ``network.npz``, which the report says: then the
     verdicts are about that network, and that it is the model's is the word of the tool that wrote it.
 
     Args:
@@ -52,7 +53,7 @@ def check_run(model: str | Path, run: str | Path, exact: bool = True, input_shap
 
 
 def _network(model: Path, run: Path, input_shape: Shape | None, domain: Shape) -> tuple[Network, str]:
-    """The network, and where it comes from; where the file leaves the input's shape open, the domain's shape tells it."""
+    """The network and its source; where the file leaves the input's shape open, the domain's shape tells it."""
     try:
         return read_network(model, input_shape), str(model)
     except OpenShapeError:

@@ -1,4 +1,4 @@
-"""Strict reading of certificate records: every size, range, dtype and duplicate is checked before anything is computed."""
+"""Strict reading of certificate records: sizes, ranges, dtypes and duplicates are checked before anything is used."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def indices(value: Any, count: int, what: str) -> Array:
 
 
 def multipliers(value: Any, sizes: list[int], rows: int) -> dict[int, tuple[Array, Array, Array]]:
-    """A record's multipliers: layer -> (neurons (n,), shift (rows,), values (rows, n)); ``sizes`` of the layers allowed."""
+    """A record's multipliers: layer -> (neurons (n,), shift (rows,), values (rows, n)), layers below len(sizes)."""
     found: dict[int, tuple[Array, Array, Array]] = {}
     for entry in listed(value, "multipliers"):
         layer, neurons, shift, values = fields(entry, "layer", "neurons", "shift", "values")
@@ -134,7 +134,7 @@ def multipliers(value: Any, sizes: list[int], rows: int) -> dict[int, tuple[Arra
         shifts = integers(shift, -SHIFT, SHIFT, "multipliers: shift")
         array = unpack(values, INTEGERS, "multipliers: values")
         if shifts.shape != (rows,) or array.shape != (rows, len(chosen)) or (array == np.iinfo(np.int64).min).any():
-            raise CheckError(f"multipliers: {array.shape} values and {shifts.shape} shifts for {rows} rows, {len(chosen)} neurons")
+            raise CheckError(f"multipliers: {array.shape} values, {len(shifts)} shifts, {rows} rows, {len(chosen)} neurons")
         found[layer] = chosen, shifts, array
     return found
 

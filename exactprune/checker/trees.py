@@ -1,6 +1,7 @@
 """Trees of ReLU phase splits: reading them, and proving a neuron's sign leaf by leaf.
 
-Every x of the domain has, at each split, z_hat <= 0 or z_hat >= 0, so it reaches some leaf whose cut intervals hold for it.
+Every x of the domain has, at each split, z_hat <= 0 or z_hat >= 0, so it reaches some leaf whose cut intervals hold
+for it.
 A leaf with an empty interval holds no x. Leaves of many trees of one layer are checked in one batch.
 """
 
@@ -117,7 +118,8 @@ def _prove_batch(bounds: Bounds, trees: list[Tree], layer: int, sizes: list[int]
         worst = float(values[owner == index].max())
         if worst <= 0:
             bounds.narrow(layer, np.array([tree.neuron]), "upper" if tree.sign > 0 else "lower", np.zeros(1))
-        why.append("" if worst <= 0 else f"{int((values[owner == index] > 0).sum())} of {len(tree.paths)} leaves are not "
+        why.append(""
+                   if worst <= 0 else f"{int((values[owner == index] > 0).sum())} of {len(tree.paths)} leaves are not "
                    f"proved (the worst bound is {worst:.3g} above 0)")
     return why
 
@@ -133,7 +135,8 @@ def _leaf_values(bounds: Bounds, trees: list[Tree], layer: int, sizes: list[int]
         part = leaves[start : start + step]
         region, empty = cut(bounds.domain(layer), [tree.paths[i] for tree, i in part])
         hints = records.dense([tree.leaves[i] for tree, i in part], sizes)
-        values[start : start + step] = _values(bounds, layer, neurons[owner[chosen[start : start + step]]], sign, region, hints, empty)
+        values[start : start + step] = _values(bounds, layer, neurons[owner[chosen[start : start + step]]], sign,
+                                               region, hints, empty)
     return values
 
 

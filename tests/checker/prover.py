@@ -42,7 +42,8 @@ def given(layer, neurons, shift, values):
 def verdicts(layer, size, inactive=(), active=(), unstable=()):
     inactive, active, unstable = (sorted(int(i) for i in x) for x in (inactive, active, unstable))
     rest = sorted(set(range(size)) - {*inactive, *active, *unstable})
-    return {"record": "verdicts", "layer": layer, "inactive": inactive, "active": active, "unstable": unstable, "unknown": rest}
+    return {"record": "verdicts", "layer": layer, "inactive": inactive, "active": active, "unstable": unstable,
+            "unknown": rest}
 
 
 def fresh_bounds(network, lower, upper):
@@ -50,7 +51,7 @@ def fresh_bounds(network, lower, upper):
 
 
 def grow_tree(bounds, layer, neuron, side, limit=64, leaf_hints=None):
-    """A tree record that proves the sign by splitting unstable neurons in order, fixed slopes; None if none is found."""
+    """A tree record that proves the sign by splitting unstable neurons in order, with fixed slopes; or None."""
     sign = 1 if side == "upper" else -1
     sizes = [len(b) for b in bounds.lower]
     splits, leaves = [], []
@@ -79,8 +80,10 @@ def grow_tree(bounds, layer, neuron, side, limit=64, leaf_hints=None):
 def optimal_tree(network, bounds, neuron, side, shift=20, penalty=1e3):
     """A tree record for layer 1 of an affine-relu-affine-relu chain that splits every unstable neuron of layer 0.
 
-    Every leaf carries the duals of its linear program max +-z_hat over the box and the leaf's phases (phases may be violated
-    at a price, so an infeasible leaf has bounded duals too). With all phases fixed such a tree proves every claim with room.
+    Every leaf carries the duals of its linear program max +-z_hat over the box and the leaf's phases (phases may be
+    violated
+    at a price, so an infeasible leaf has bounded duals too). With all phases fixed such a tree proves every claim
+    with room.
     """
     sign = 1.0 if side == "upper" else -1.0
     first, second = (network.nodes[i].op for i in (0, 2))

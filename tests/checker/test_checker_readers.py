@@ -1,4 +1,4 @@
-"""The checker's own readers give the same canonical network, bit for bit, as ``exactprune.io``, and refuse bad files."""
+"""The checker's own readers give the canonical network of ``exactprune.io``, bit for bit, and refuse bad files."""
 
 from __future__ import annotations
 
@@ -51,15 +51,22 @@ SEQUENTIALS = {
     "plain": ((5,), lambda: nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Dropout(0.3), nn.Linear(4, 3, bias=False))),
     "double": ((3,), lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()),
     "half": ((3,), lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).half()),
-    "nested": ((6,), lambda: nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU()), nn.Linear(4, 2))),
-    "norm first": ((3,), lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2), nn.ReLU(), nn.BatchNorm1d(2), nn.Linear(2, 2))),
+    "nested": ((6,), lambda: nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU()),
+                                           nn.Linear(4, 2))),
+    "norm first": ((3,), lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2), nn.ReLU(), nn.BatchNorm1d(2),
+                                               nn.Linear(2, 2))),
     "conv": ((2, 9, 8), lambda: nn.Sequential(
-        nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
-        nn.MaxPool2d(2, 2, ceil_mode=True), nn.Conv2d(4, 3, 3, padding="same"), nn.ReLU(), nn.AvgPool2d(2, 1, padding=1),
+        nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2, bias=False),
+                                              nn.BatchNorm2d(4), nn.ReLU(),
+        nn.MaxPool2d(2, 2, ceil_mode=True), nn.Conv2d(4, 3, 3, padding="same"), nn.ReLU(), nn.AvgPool2d(2, 1,
+                                                                                                        padding=1),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))),
-    "pad": ((1, 4, 4), lambda: nn.Sequential(nn.ConstantPad2d((1, 2, 0, 1), 0.5), nn.Conv2d(1, 2, 2), nn.ReLU(), nn.ZeroPad2d(1),
-                                             nn.AvgPool2d(3, 2, count_include_pad=False), nn.Flatten(), nn.Linear(12, 2))),
-    "unflatten": ((8,), lambda: nn.Sequential(nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))),
+    "pad": ((1, 4, 4), lambda: nn.Sequential(nn.ConstantPad2d((1, 2, 0, 1), 0.5), nn.Conv2d(1, 2, 2), nn.ReLU(),
+                                             nn.ZeroPad2d(1),
+                                             nn.AvgPool2d(3, 2, count_include_pad=False), nn.Flatten(), nn.Linear(12,
+                                                                                                                  2))),
+    "unflatten": ((8,), lambda: nn.Sequential(nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 3, 1), nn.ReLU(), nn.Flatten(),
+                                              nn.Linear(12, 2))),
 }
 
 
@@ -97,15 +104,18 @@ def random_weights(*shapes):
 
 
 def test_onnx_graphs(tmp_path):
-    """Operators as exporters write them: constants on either side, batch norms, residuals, transposes, shape arithmetic."""
+    """Operators as exporters write them: constants on either side, batch norms, transposes, shape arithmetic."""
     node = helper.make_node
     w, b, m, k, g, c = random_weights((6, 4), (4,), (4, 4), (3, 2, 3, 3), (3,), (1, 4))
     var = np.abs(g) + 0.5
     onnx_file(tmp_path / "dense.onnx", [
-        node("Constant", [], ["mean"], value=numpy_helper.from_array(np.float32(0.3))), node("Sub", ["x", "mean"], ["a"]),
+        node("Constant", [], ["mean"], value=numpy_helper.from_array(np.float32(0.3))), node("Sub", ["x", "mean"],
+                                                                                             ["a"]),
         node("Div", ["a", "two"], ["a2"]), node("MatMul", ["a2", "w"], ["b1"]), node("Add", ["bias", "b1"], ["b2"]),
-        node("Relu", ["b2"], ["r"]), node("Gemm", ["r", "m"], ["z"], alpha=0.5, transB=1), node("Sub", ["one", "z"], ["n"]),
-        node("Add", ["n", "r"], ["s"]), node("Relu", ["s"], ["t"]), node("Mul", ["t", "c"], ["u"]), node("Neg", ["u"], ["v"]),
+        node("Relu", ["b2"], ["r"]), node("Gemm", ["r", "m"], ["z"], alpha=0.5, transB=1), node("Sub", ["one", "z"],
+                                                                                                ["n"]),
+        node("Add", ["n", "r"], ["s"]), node("Relu", ["s"], ["t"]), node("Mul", ["t", "c"], ["u"]), node("Neg", ["u"],
+                                                                                                         ["v"]),
         node("Sub", ["t", "v"], ["q"]), node("Dropout", ["q"], ["o"]), node("Identity", ["o"], ["y"])],
         {"w": w, "bias": b, "m": m, "two": np.float32(2), "one": np.float32(1), "c": c}, ["batch", 6])
     agree(tmp_path / "dense.onnx")
@@ -113,14 +123,18 @@ def test_onnx_graphs(tmp_path):
         node("Transpose", ["x"], ["t"], perm=[0, 3, 1, 2]), node("Pad", ["t", "pads"], ["p"]),
         node("Conv", ["p", "k"], ["c"], strides=[2, 1], auto_pad="SAME_UPPER"),
         node("BatchNormalization", ["c", "g", "be", "mu", "var"], ["n"]), node("Relu", ["n"], ["r"]),
-        node("MaxPool", ["r"], ["mp"], kernel_shape=[2, 2], pads=[1, 0, 0, 1]), node("AveragePool", ["mp"], ["ap"], kernel_shape=[2, 1]),
-        node("GlobalAveragePool", ["ap"], ["ga"]), node("Shape", ["ga"], ["sh"]), node("Gather", ["sh", "zero"], ["batch"]),
+        node("MaxPool", ["r"], ["mp"], kernel_shape=[2, 2], pads=[1, 0, 0, 1]), node("AveragePool", ["mp"], ["ap"],
+                                                                                     kernel_shape=[2, 1]),
+        node("GlobalAveragePool", ["ap"], ["ga"]), node("Shape", ["ga"], ["sh"]), node("Gather", ["sh", "zero"],
+                                                                                       ["batch"]),
         node("Unsqueeze", ["batch", "zeros"], ["ub"]), node("Concat", ["ub", "minus"], ["to"], axis=0),
         node("Reshape", ["ga", "to"], ["y"])],
         {"pads": np.array([0, 0, 1, 0, 0, 0, 0, 1]), "k": k, "g": g, "be": g, "mu": g, "var": var, "zero": np.array(0),
          "zeros": np.array([0]), "minus": np.array([-1])}, [1, 5, 6, 2])
     agree(tmp_path / "image.onnx")
-    onnx_file(tmp_path / "flat.onnx", [node("MatMul", ["m", "x"], ["a"]), node("Relu", ["a"], ["r"]), node("Flatten", ["r"], ["y"], axis=0)],
+    onnx_file(tmp_path / "flat.onnx", [node("MatMul", ["m", "x"], ["a"]), node("Relu", ["a"], ["r"]), node("Flatten",
+                                                                                                           ["r"], ["y"],
+                                                                                                           axis=0)],
               {"m": m}, [4, 1])
     agree(tmp_path / "flat.onnx")
 
@@ -149,7 +163,8 @@ def test_bad_pt_files(tmp_path):
     torch.save(nn.Sequential(nn.Linear(3, 2)), good)
     read_network(good)
     data = good.read_bytes()
-    cases = {"empty.pt": b"", "text.pt": b"hello", "cut.pt": data[: len(data) // 2], "pickle.pt": pickle.dumps(Evil(tmp_path / "ran"))}
+    cases = {"empty.pt": b"", "text.pt": b"hello", "cut.pt": data[: len(data) // 2],
+             "pickle.pt": pickle.dumps(Evil(tmp_path / "ran"))}
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
     torch.save(Evil(tmp_path / "ran"), tmp_path / "evil.pt")
@@ -214,7 +229,8 @@ def test_a_model_that_cannot_be_read_is_taken_from_the_run_and_said(tmp_path):
         assert "network.npz" in report.source and name in report.source
     torch.save(nn.Sequential(nn.ReLU(), nn.Conv2d(1, 1, 1)), tmp_path / "open.pt")
     np.savez(tmp_path / "domain.npz", lower=np.zeros((1, 2, 2)), upper=np.ones((1, 2, 2)))
-    assert "certificates.jsonl.gz" in check_run(tmp_path / "open.pt", tmp_path).error, "the domain tells the input's shape"
+    assert "certificates.jsonl.gz" in check_run(tmp_path / "open.pt",
+                                                tmp_path).error, "the domain tells the input's shape"
     (tmp_path / "damaged.pt").write_bytes((tmp_path / "small.pt").read_bytes()[:-40])
     report = check_run(tmp_path / "damaged.pt", tmp_path)
     assert "damaged.pt" in report.error, "a damaged or hostile model file is no reason to believe the run's copy"
@@ -233,4 +249,5 @@ def test_the_checker_imports_numpy_and_nothing_of_the_rest():
     code = ("import sys, exactprune.checker; bad = [m for m in sys.modules if m.split('.')[0] in "
             "('torch', 'onnx', 'scipy', 'highspy', 'networkx', 'pyomo') or (m.startswith('exactprune.') and "
             "not m.startswith('exactprune.checker'))]; print(bad)")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          check=True).stdout.strip() == "[]"

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from exactprune import ops
 from exactprune.checker import check, dyadic, witness
-from exactprune.checker.boxes import local_bounds
 from exactprune.checker.bounds import Multipliers
+from exactprune.checker.boxes import local_bounds
 from exactprune.checker.layers import layers
 from exactprune.checker.network import of
 from exactprune.network import Node, build
@@ -48,12 +48,14 @@ def chain(rng, layout, dtype, ill=True):
 def image(rng, dtype):
     """A residual convolutional network with every operator in it."""
     c = 2
-    conv = ops.Conv2d(weights(rng, 4, 1, 2, 3), weights(rng, 4), stride=(1, 2), padding=(1, 0, 0, 2), dilation=(1, 1), groups=2)
+    conv = ops.Conv2d(weights(rng, 4, 1, 2, 3), weights(rng, 4), stride=(1, 2), padding=(1, 0, 0, 2), dilation=(1, 1),
+                      groups=2)
     nodes = [
         Node("scale", ops.Scale(weights(rng, c, 1, 1), weights(rng, c, 1, 1)), (-1,)),
         Node("conv", conv, (0,)),
         Node("relu", ops.ReLU(), (1,)),
-        Node("conv2", ops.Conv2d(weights(rng, 4, 4, 3, 3), weights(rng, 4), padding=(2, 2, 2, 2), dilation=(2, 2)), (2,)),
+        Node("conv2", ops.Conv2d(weights(rng, 4, 4, 3, 3), weights(rng, 4), padding=(2, 2, 2, 2), dilation=(2, 2)), (2,
+                                                                                                                     )),
         Node("add", ops.Add(), (2, 3)),
         Node("relu", ops.ReLU(), (4,)),
         Node("pad", ops.Pad(((0, 0), (1, 0), (0, 1)), 0.3), (5,)),
@@ -114,7 +116,8 @@ def test_products_are_exact(seed, left, right):
 
     def big(bits, *shape):
         array = np.empty(shape, object)
-        array.flat = [int.from_bytes(rng.bytes(26), "little") % (1 << bits) * int(rng.choice([-1, 1])) for _ in range(array.size)]
+        array.flat = [int.from_bytes(rng.bytes(26), "little") % (1 << bits) * int(rng.choice([-1, 1]))
+                      for _ in range(array.size)]
         return array
 
     a, b = big(left, 3, k), big(right, k, 4)
@@ -142,7 +145,8 @@ def test_rounding_to_float_goes_up(value, exponent, divisor):
     if abs(value) < 2**61 and divisor == 1:
         row = dyadic.Dyadic(np.array([[value]], np.int64), np.array([exponent]))
         with np.errstate(over="ignore"):
-            assert Fraction(max(min(float(dyadic.to_float_up(row)[0, 0]), 1e308), -1e308)) >= min(truth, Fraction(1e308))
+            assert Fraction(max(min(float(dyadic.to_float_up(row)[0, 0]), 1e308), -1e308)) >= min(truth,
+                                                                                                  Fraction(1e308))
 
 
 @given(st.floats(-1e300, 1e300), st.floats(-1e300, 1e300))
@@ -156,7 +160,8 @@ def test_float_sums_and_products_round_up(a, b):
 
 @given(SEEDS, st.integers(-1060, 900))
 def test_scaling_rounds_up(seed, shift):
-    x = np.random.default_rng(seed).standard_normal(5) * 2.0**-shift * 1000 if abs(shift) < 900 else np.array([5e-324, -5e-324])
+    x = np.random.default_rng(seed).standard_normal(5) * 2.0**-shift * 1000 if abs(shift) < 900 else np.array([5e-324,
+                                                                                                               -5e-324])
     values = dyadic.scale_up(x, shift)
     assert all(Fraction(float(a)) * Fraction(2) ** shift <= int(v) for a, v in zip(x, values, strict=True))
 
@@ -204,7 +209,8 @@ def test_bounds_on_sub_boxes_enclose_exact_values(seed):
             found = bounds.decide(k, neurons, np.full(len(rows), sign), region.rows(rows, 2)).reshape(found_low.shape)
             found_low, found_high = (found_low, found) if sign > 0 else (-found, found_high)
         for z in values:
-            assert all(found_low[1, i] <= v <= found_high[1, i] and found_low[0, i] <= v <= found_high[0, i] for i, v in enumerate(z))
+            assert all(found_low[1, i] <= v <= found_high[1, i] and found_low[0, i] <= v <= found_high[0, i] for i,
+                       v in enumerate(z))
 
 
 @given(SEEDS)
@@ -286,7 +292,8 @@ def test_no_false_claim_is_accepted_and_true_ones_with_room_are(seed):
               "multipliers": [prover.given(0, [3, 1, 0, 2], rng.integers(4, 12, 3), rng.integers(-999, 999, (3, 4)))]}]
     for i, side in itertools.product(range(3), ("upper", "lower")):
         tree = prover.optimal_tree(network, bounds, i, side)
-        wild = [[prover.given(0, range(4), [int(rng.integers(4, 12))], rng.integers(-999, 999, 4))] for _ in tree["leaves"]]
+        wild = [[prover.given(0, range(4), [int(rng.integers(4, 12))], rng.integers(-999, 999, 4))]
+                for _ in tree["leaves"]]
         lines += [tree | {"leaves": wild}, tree]
     for claim in ("inactive", "active"):
         final = [prover.verdicts(k, n, **{claim: range(n)}) for k, n in enumerate((4, 3))]
@@ -308,7 +315,8 @@ def design_case():
     b = np.array([-5.195638656616211, -4.320352077484131, -0.051050830632448196])
     v = np.array([[1.081760287284851, 3.6640846729278564, 3.692793369293213]])
     return lambda c: build([Node("a", ops.Affine(w, b), (-1,)), Node("r", ops.ReLU(), (0,)),
-                            Node("b", ops.Affine(v, np.array([c])), (1,)), Node("s", ops.ReLU(), (2,))], (1,), np.float64)
+                            Node("b", ops.Affine(v, np.array([c])), (1,)), Node("s", ops.ReLU(), (2,))], (1,),
+                           np.float64)
 
 
 @pytest.mark.parametrize(("shift", "inactive"), [(0.0, False), (-1.1e-5, True), (-9.9e-6, False)])
@@ -328,15 +336,19 @@ def test_a_maximum_of_1e_5_is_not_inactive(shift, inactive):
         assert check(network, lower, upper, lines + final).accepted is inactive
     point = {"record": "points", "values": prover.pack([[1.0], [0.0]], "<f8")}
     seen = {"record": "unstable", "layer": 1, "neurons": [0], "positive": [0], "negative": [1]}
-    report = check(network, lower, upper, [*lines, point, seen, prover.verdicts(0, 3), prover.verdicts(1, 1, unstable=[0])])
+    report = check(network, lower, upper, [*lines, point, seen, prover.verdicts(0, 3), prover.verdicts(1, 1,
+                                                                                                       unstable=[0])])
     assert report.accepted is not inactive
 
 
 @pytest.mark.parametrize("m", [2.0**24, 2.0**53])
-@pytest.mark.parametrize(("offset", "truth"), [(0.5, "unstable"), (1.0, "inactive"), (1.0 - 2**-40, "unstable"), (0.0, "active")])
+@pytest.mark.parametrize(("offset", "truth"), [(0.5, "unstable"), (1.0, "inactive"), (1.0 - 2**-40, "unstable"), (0.0,
+                                                                                                                  "active")])
 def test_cancellation_at_large_constants(m, offset, truth):
     """z = relu(x + M) - relu(offset) - M = x - offset for x in [0, 1]: floats lose it, integers do not."""
-    network = build([Node("a", ops.Affine(np.array([[1.0], [0.0]]), np.array([m, offset])), (-1,)), Node("r", ops.ReLU(), (0,)),
+    network = build([Node("a", ops.Affine(np.array([[1.0], [0.0]]), np.array([m, offset])), (-1,)), Node("r",
+                                                                                                         ops.ReLU(), (0,
+                                                                                                                      )),
                      Node("b", ops.Affine(np.array([[1.0, -1.0]]), np.array([-m])), (1,)), Node("s", ops.ReLU(), (2,))],
                     (1,), np.float64)
     lower, upper = np.zeros(1), np.ones(1)
@@ -360,8 +372,10 @@ def test_a_maximum_of_exactly_zero_is_inactive(seed):
     v = -np.abs(weights(rng, 2, 3))
     for bias in (0.0, 1e-300):
         network = build([Node("a", ops.Affine(w, np.zeros(3)), (-1,)), Node("r", ops.ReLU(), (0,)),
-                         Node("b", ops.Affine(v, np.full(2, bias)), (1,)), Node("s", ops.ReLU(), (2,))], (size,), np.float64)
+                         Node("b", ops.Affine(v, np.full(2, bias)), (1,)), Node("s", ops.ReLU(), (2,))], (size,),
+                        np.float64)
         lower, upper = np.zeros(size), rng.random(size)
-        lines = [prover.header(network, lower, upper), prover.crown(1, range(2)), prover.verdicts(0, 3, inactive=range(3)),
+        lines = [prover.header(network, lower, upper), prover.crown(1, range(2)), prover.verdicts(0, 3,
+                                                                                                  inactive=range(3)),
                  prover.verdicts(1, 2, inactive=range(2))]
         assert check(network, lower, upper, lines).accepted is (bias == 0.0)

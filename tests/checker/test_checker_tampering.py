@@ -1,4 +1,4 @@
-"""A valid certificate is accepted, and every way of changing it, the model or the domain is rejected without a traceback."""
+"""A valid certificate is accepted; changing it, the model or the domain is rejected, without a traceback."""
 
 from __future__ import annotations
 
@@ -45,16 +45,20 @@ def prove(network, lower, upper):
         if k:
             lines.append(prover.crown(k, every))
             zeros = [prover.given(0, [0, 2], [8] * len(every), np.zeros((len(every), 2)))]
-            lines.append({"record": "linear", "layer": k, "neurons": every.tolist(), "side": "upper", "multipliers": zeros})
+            lines.append({"record": "linear", "layer": k, "neurons": every.tolist(), "side": "upper",
+                          "multipliers": zeros})
             for sign, side in ((1, "upper"), (-1, "lower")):
                 bounds.narrow(k, every, side, bounds.decide(k, every, np.full(len(every), sign), bounds.domain(k)))
-        proved = {"upper": set(np.flatnonzero(bounds.upper[k] <= 0)), "lower": set(np.flatnonzero(bounds.lower[k] >= 0))}
+        proved = {"upper": set(np.flatnonzero(bounds.upper[k] <= 0)),
+                  "lower": set(np.flatnonzero(bounds.lower[k] >= 0))}
         for n in sorted(set(every) - set(seen) - proved["upper"] - proved["lower"]):
             side = "upper" if z[:, n].max() <= 0 else "lower"
-            lines += [prover.optimal_tree(network, bounds, n, side), prover.grow_boxes(bounds, k, [(int(n), side)], depth=12)]
+            lines += [prover.optimal_tree(network, bounds, n, side), prover.grow_boxes(bounds, k, [(int(n), side)],
+                                                                                       depth=12)]
             assert len(lines[-2]["leaves"]) > 1
             proved[side].add(n)
-        lines.append({"record": "unstable", "layer": k, "neurons": seen.tolist(), "positive": z.argmax(axis=0)[seen].tolist(),
+        lines.append({"record": "unstable", "layer": k, "neurons": seen.tolist(),
+                      "positive": z.argmax(axis=0)[seen].tolist(),
                       "negative": z.argmin(axis=0)[seen].tolist()})
         lines.append(prover.verdicts(k, len(every), proved["upper"], proved["lower"] - proved["upper"], seen))
     return lines
@@ -257,10 +261,13 @@ def a_float_layer(lines):
     find(lines, "crown")["layer"] = 1.0
 
 
-CHANGES = [flip, drop_leaf, drop_split, cut_subtree, other_neuron, other_side, no_multipliers, split_on_itself, nan_point,
+CHANGES = [flip, drop_leaf, drop_split, cut_subtree, other_neuron, other_side, no_multipliers, split_on_itself,
+           nan_point,
            point_outside, same_points, point_number, verdict_twice, verdict_missing, neuron_twice, neuron_missing,
-           unstable_as_inactive, stable_as_unstable, verdict_before_proof, header_twice, header_last, no_header, unknown_record,
-           unknown_field, other_format, later_layer, wrong_size, short_data, no_base64, wrong_dtype, huge_shift, boolean_index,
+           unstable_as_inactive, stable_as_unstable, verdict_before_proof, header_twice, header_last, no_header,
+           unknown_record,
+           unknown_field, other_format, later_layer, wrong_size, short_data, no_base64, wrong_dtype, huge_shift,
+           boolean_index,
            negative_index, a_list, a_float_layer]
 
 
