@@ -250,7 +250,7 @@ class _Session:
         self.options, self.cancel = options, cancel
         self.warnings: list[str] = []
         self.improving: Callable[[np.ndarray], None] | None = None
-        self.highs = highspy.Highs()
+        self.highs: Any = highspy.Highs()
         self.highs.setOptionValue("log_to_console", False)
         self.highs.cbLogging.subscribe(self._log)
         for name, value in options.settings().items():
