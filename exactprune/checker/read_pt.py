@@ -35,6 +35,7 @@ class Module:
     path = ""
 
     def __new__(cls, *arguments: object) -> Module:
+        """A module without arguments, as ``torch.save`` writes them."""
         if arguments:
             raise CheckError(f"the pickle makes a {cls.path} from arguments")
         return object.__new__(cls)

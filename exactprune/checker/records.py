@@ -134,7 +134,7 @@ def multipliers(value: Any, sizes: list[int], rows: int) -> dict[int, tuple[Arra
         shifts = integers(shift, -SHIFT, SHIFT, "multipliers: shift")
         array = unpack(values, INTEGERS, "multipliers: values")
         if shifts.shape != (rows,) or array.shape != (rows, len(chosen)) or (array == np.iinfo(np.int64).min).any():
-            raise CheckError(f"multipliers: {array.shape} values, {len(shifts)} shifts, {rows} rows, {len(chosen)} neurons")
+            raise CheckError(f"multipliers: {array.shape} values, {len(shifts)} shifts for {rows} x {len(chosen)}")
         found[layer] = chosen, shifts, array
     return found
 
