@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from exactprune.claim import Status
 from exactprune.compress.apply import State, finish
 from exactprune.compress.block import Block, Units
 from exactprune.compress.deviation import propagate_all
@@ -51,7 +52,10 @@ def _absorb(state: State, domain: Box, layer: int, budget: float) -> tuple[State
     if not (np.isfinite(block.lower).all() and np.isfinite(block.upper).all()):
         return state, None
     reach = np.maximum(verdict.upper, 0.0).reshape(verdict.shape[0], -1).max(axis=1)
-    chosen = _affordable(block, list(twins(block)), reach, budget)
+    merges = budget > 0 and surroundings(network, where.relu) is not None
+    active = (verdict.status == Status.ACTIVE).reshape(verdict.shape[0], -1).all(axis=1)
+    found = list(twins(block, budget, active if merges else np.zeros(len(active), bool)))
+    chosen = _affordable(block, found, reach, budget)
     while chosen:
         w_out, error = absorbed(block, chosen, reach)
         moved = propagate_all(network, outputs_of(network, where, error[None]))

@@ -36,18 +36,21 @@ class Twin:
     gap: float
 
 
-def twins(block: Block) -> Iterator[Twin]:
-    """Pairs of proportional neurons; every neuron goes at most once, and one that something goes into stays."""
-    mid, rad = block.mid.astype(np.float64), block.rad.astype(np.float64)
-    w_in = block.w_in.astype(np.float64)
-    rows = np.concatenate([w_in * rad, (w_in @ mid + block.b_in)[:, None]], axis=1)
-    size = np.linalg.norm(rows, axis=1)
-    unit = np.divide(rows, size[:, None], out=np.zeros_like(rows), where=(size > 0)[:, None])
-    near = np.argwhere(np.triu(unit @ unit.T > 1 - _NEAR, 1))
+def twins(block: Block, budget: float, spared: np.ndarray) -> Iterator[Twin]:
+    """Pairs of proportional neurons; every neuron goes at most once, and one that something goes into stays.
+
+    Args:
+        block: the layer.
+        budget: deviation of the network's output that is allowed (0: exact pairs only).
+        spared: (k,) booleans, neurons to leave alone.
+    """
+    near = _near(block)
+    near[spared] = near[:, spared] = False
     gone: set[int] = set()
     taken: set[int] = set()
-    for i, j in near.tolist():
-        if i not in gone and j not in gone and j not in taken:
+    for i in np.flatnonzero(near.any(axis=1)).tolist():
+        others = np.array([j for j in np.flatnonzero(near[i]).tolist() if j not in gone and j not in taken], int)
+        for j in () if i in gone else _plausible(block, i, others, budget):
             found = _twin(block, i, j)
             if found is not None and found.gap and i not in taken:
                 back = _twin(block, j, i)
@@ -56,6 +59,33 @@ def twins(block: Block) -> Iterator[Twin]:
                 gone.add(found.gone)
                 taken.add(found.kept)
                 yield found
+            if i in gone:
+                break
+
+
+def _near(block: Block) -> np.ndarray:
+    """Booleans (k, k), above the diagonal: coefficient vectors that point the same way on the domain."""
+    mid, rad = block.mid.astype(np.float64), block.rad.astype(np.float64)
+    w_in = block.w_in.astype(np.float64)
+    rows = np.concatenate([w_in * rad, (w_in @ mid + block.b_in)[:, None]], axis=1)
+    size = np.linalg.norm(rows, axis=1)
+    unit = np.divide(rows, size[:, None], out=np.zeros_like(rows), where=(size > 0)[:, None])
+    return np.triu(unit @ unit.T > 1 - _NEAR, 1)
+
+
+def _plausible(block: Block, i: int, others: np.ndarray, budget: float) -> list[int]:
+    """Those of some neurons that may be multiples of neuron i at this budget; a quick look that decides nothing."""
+    w_in, rad = block.w_in.astype(np.float64), block.rad.astype(np.float64)
+    pivot = int(np.abs(w_in[i] * rad).argmax())
+    if not others.size or not w_in[i, pivot]:
+        return others.tolist()
+    ratio = (w_in[others, pivot] / w_in[i, pivot])[:, None]
+    difference = np.abs(w_in[others] - ratio * w_in[i])
+    same = (difference <= 1e-12 * np.abs(w_in[others])).all(axis=1)
+    shift = w_in[others] @ block.mid + block.b_in[others] - ratio[:, 0] * (w_in[i] @ block.mid + block.b_in[i])
+    weight = (np.abs(block.w_out[:, others]) * block.gain[block.owner, None]).max(axis=0)
+    cost = (difference @ rad + np.abs(shift)) * weight
+    return others[same | (cost <= budget)].tolist()
 
 
 def _twin(block: Block, i: int, j: int) -> Twin | None:
