@@ -191,9 +191,11 @@ def _isa_result(network: Network, box: Box, lower: Sequence[np.ndarray], upper: 
     complete = len(_statuses(again)) == sum(map(len, again))
     total = sum(map(len, positive.values())) + sum(map(len, negative.values()))
     factor = total / max(1, count)
-    note = f"{total} states extrapolated from one MILP for {count} of them" + (
-        "" if complete else ", lower bound: it hit its limit"
-    )
+    note = f"{total} states extrapolated from one MILP for {count} of them"
+    if not complete:
+        note += ", lower bound: it hit its limit"
+    elif part.wall * factor <= clock.wall:
+        note += ", lower bound: all of them at once hit the limit"
     return Result(
         max(clock.wall, part.wall * factor), max(clock.cpu, part.cpu * factor), False, note, asked, asked, statuses
     )
