@@ -41,3 +41,7 @@ class CertificateError(ExactPruneError):
 
 class SolverError(ExactPruneError):
     """A solver that was asked for is not installed, or refuses the model before it starts."""
+
+
+class DataError(ExactPruneError):
+    """Training or calibration data are missing, empty, of another shape, or give gradients that are not finite."""
