@@ -116,7 +116,7 @@ class Backward:
         extra = self.extra[layer]
         bounds, mapping = self.known[source], self.program.maps[source]
         size = extra.abs()
-        error = size * bounds.magnitude * 4 * 2.0**-53
+        error = size * bounds.magnitude * self.program.gamma
         if fused(self.program, layer):
             assert mapping is not None and bounds.error is not None
             error = error + size * bounds.error * self.program.gamma

@@ -82,8 +82,10 @@ def _finite(lower: Tensor, upper: Tensor, error: Tensor | None) -> NodeBounds:
 
 def _linear(program: Program, mapping: LinearMap, x: NodeBounds) -> NodeBounds:
     if isinstance(mapping, MoveMap):
-        shift = 0.0 if mapping.bias is None else mapping.bias
-        return NodeBounds(mapping.forward(x.lower) + shift, mapping.forward(x.upper) + shift)
+        if mapping.bias is None:
+            return NodeBounds(mapping.forward(x.lower), mapping.forward(x.upper))
+        error = mapping.bias.abs() + mapping.forward(x.magnitude).amax(dim=0)
+        return NodeBounds(mapping.forward(x.lower) + mapping.bias, mapping.forward(x.upper) + mapping.bias, error)
     groups = len(x.lower)
     magnitude = x.magnitude.amax(dim=0, keepdim=True)
     plus = mapping.forward(torch.cat([x.lower, x.upper, magnitude]), "plus")

@@ -4,7 +4,8 @@ To bound a maximum, a ReLU output y = max(z, 0) with coefficient v >= 0 is repla
 v < 0 by alpha z with any alpha in [0, 1] (Zhang et al. 2018, "Efficient neural network robustness certification with general
 activation functions", CROWN; Xu et al. 2021, alpha-CROWN). Why it is sound in floating point: the slopes are *given*
 numbers. For whatever float s the intercept t is rounded up to at least max(relu(z) - s z) over [l, u], and computing a = v s
-instead of taking it exactly is paid for by 4 u abs(v) H, where H bounds abs(z).
+instead of taking it exactly (and adding up v where several nodes read the neuron) is paid for by gamma abs(v) H, where H bounds
+abs(z).
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def relax(program: Program, layer: int, bounds: NodeBounds, alpha: Tensor | None
     low = adaptive_slope(low_bound, up_bound) if alpha is None else alpha
     low = torch.where(low_bound >= 0, torch.ones_like(low), low) * (up_bound > 0)
     gap = slope - low
-    error = 4 * UNIT_ROUNDOFF * bounds.magnitude + program.gamma * intercept
+    error = program.gamma * (bounds.magnitude + intercept)
     on_plus, on_all = intercept, torch.zeros_like(low)
     if fused(program, layer):
         error = error + program.gamma * bounds.error if bounds.error is not None else error
