@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
 from enum import IntEnum
 
 from exactprune.errors import OptionError
@@ -29,6 +30,11 @@ class Kind(IntEnum):
     CERTIFIED = 1
     FLOAT = 2
     MEASURED = 3
+
+
+def upward(eps: float) -> str:
+    """``eps`` in three digits, rounded up: a printed bound must not be smaller than the proved one."""
+    return f"{float(Context(prec=3, rounding=ROUND_CEILING).create_decimal_from_float(eps)):.3g}"
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Level:
 
     def __str__(self) -> str:
         name = self.kind.name.lower()
-        return f"{name}({self.eps:.3g})" if self.kind in (Kind.CERTIFIED, Kind.FLOAT) else name
+        return f"{name}({upward(self.eps)})" if self.kind in (Kind.CERTIFIED, Kind.FLOAT) else name
 
     @property
     def words(self) -> str:
@@ -66,12 +72,12 @@ class Level:
         if self.kind is Kind.EXACT:
             return "exact: f(x) = g(x) as real functions for every x in D"
         if self.kind is Kind.CERTIFIED:
-            return (f"certified({self.eps:.3g}): max over D and outputs of abs(f - g) <= {self.eps:.3g}, "
+            return (f"certified({upward(self.eps)}): max over D and outputs of abs(f - g) <= {upward(self.eps)}, "
                     "as real functions")
         if self.kind is Kind.FLOAT:
-            return (f"float({self.eps:.3g}): max over D and outputs of abs(f - g) <= {self.eps:.3g} for IEEE "
+            return (f"float({upward(self.eps)}): max over D and outputs of abs(f - g) <= {upward(self.eps)} for IEEE "
                     "execution, any summation order")
-        return f"measured: on {self.inputs} inputs, max abs(f - g) was {self.eps:.3g}"
+        return f"measured: on {self.inputs} inputs, max abs(f - g) was {upward(self.eps)}"
 
 
 EXACT = Level(Kind.EXACT)
