@@ -79,8 +79,9 @@ def compress_words(summary: Mapping[str, Any], folder: str) -> list[str]:
     if not any(layer["removed"] for layer in summary["removed"]):
         lines.append("  Nothing is proved removable: every neuron is still there.")
     lines += [f"  {step['text']} [{step['level']}]" for step in summary["rewrites"]]
-    lines.append(f"Measured on {measured['inputs']:,} inputs: largest abs(f - g) {measured['largest']:.3g}, argmax "
-                 f"differs on {measured['flips']:,}; f against itself at another batch size: {measured['itself']:.3g}.")
+    lines.append(f"Measured in {summary['run']['model']['dtype']} on {measured['inputs']:,} inputs: largest abs(f - g) "
+                 f"{measured['largest']:.3g}, argmax differs on {measured['flips']:,}; f against itself at another batch "
+                 f"size: {measured['itself']:.3g}.")
     if summary["run"]["totals"]["unknown"]:
         lines.append(f"Unknown neurons: {summary['run']['totals']['unknown']:,}; nothing is removed on unknown.")
     if summary["dead_inputs"]:

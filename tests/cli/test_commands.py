@@ -164,7 +164,7 @@ def test_compress_prints_the_level_the_sizes_and_the_measurement(model, cli):
     code, out, _ = cli("compress", "m.pt", "-o", "small.pt")
     assert code == 0
     for words in ("Claim (", "ReLU neurons", "parameters", "multiply-accumulates", "bytes on disk",
-                  "latency, batch 1 (measured)", "latency, batch 64 (measured)", "Measured on 2,000 inputs",
+                  "latency, batch 1 (measured)", "latency, batch 64 (measured)", "Measured in float32 on 2,000 inputs",
                   "f against itself at another batch size"):
         assert words in out
     assert "lossless" not in out.lower()
