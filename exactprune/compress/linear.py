@@ -1,8 +1,9 @@
 """Shrinking the linear part of a network under a budget: candidates for every layer, the best choice, the true
 deviation.
 
-Each layer with stably active neurons offers candidates: r units (``rules.merge``), or the fold of the whole layer
-(``rules.fold``), each with the parameters it leaves and a certified deviation of the output. A choice of one candidate
+Each layer offers candidates: its stably active neurons, and those that a line may replace (``rules.relax``), become
+r units (``rules.merge``), or the whole layer folds (``rules.fold``), each with the parameters it leaves and a
+certified deviation of the output. A choice of one candidate
 a layer is a knapsack: fewest parameters with the sum of deviations within the budget (Pareto fronts are merged layer by
 layer, so it is solved exactly for the candidates offered). The choice is then carried out from the last layer to the
 first: what comes before a layer is then still the original, so its bounds hold as they are; what comes after is the
@@ -13,7 +14,7 @@ inequality), per output; a choice whose true sum exceeds the budget is taken bac
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 
 import numpy as np
@@ -21,15 +22,26 @@ import numpy as np
 from exactprune.claim import LayerVerdict, Method, Status
 from exactprune.compress.apply import State, finish
 from exactprune.compress.block import Block, Units, deviation
-from exactprune.compress.deviation import propagate_all, propagate_many
+from exactprune.compress.deviation import inflated, propagate_all, propagate_many
 from exactprune.compress.enclosure import Interval, enclosures
 from exactprune.compress.rules.fold import folded
 from exactprune.compress.rules.merge import mergers
-from exactprune.compress.surroundings import Surroundings, make_block, outputs_of, replaced, rewritten, surroundings
+from exactprune.compress.rules.relax import Lines, lines_of
+from exactprune.compress.surroundings import (
+    Surroundings,
+    all_rows,
+    make_block,
+    outputs_of,
+    owners,
+    replaced,
+    rewritten,
+    surroundings,
+)
 from exactprune.domain import Box
 from exactprune.network import Network, Node
 from exactprune.ops import Affine, Reshape
 
+_SHARES = (0.4, 0.8)  # of the budget, that relaxed channels may use
 _GAINS = 4096  # widest layer whose gains are worth computing
 
 
@@ -42,6 +54,7 @@ class Candidate:
         rule: ``merge`` or ``fold``.
         units: the units that take the place of ``channels``.
         channels: the channels that go.
+        relaxed: those of them that are not stable.
         saved: parameters that go.
         error: (m,) certified deviation at the readers' outputs.
         eps: largest certified deviation of the network's output.
@@ -51,6 +64,7 @@ class Candidate:
     rule: str
     units: Units
     channels: np.ndarray
+    relaxed: np.ndarray
     saved: int
     error: np.ndarray
     eps: float
@@ -71,8 +85,7 @@ class Applied:
 
 def shrink_linear(state: State, domain: Box, budget: float) -> tuple[State, list[Applied]]:
     """The smallest network found whose certified deviation from the given one is within the budget."""
-    places = [_place(state, domain, layer) for layer in range(len(state.verdicts))]
-    offers = [_offers(place, budget) for place in places if place is not None]
+    offers = [_offers(state, domain, layer, budget) for layer in range(len(state.verdicts))]
     for attempt in range(6):
         allowed = budget * 0.97**attempt
         after, applied = _carry_out(state, domain, choose(offers, allowed), allowed)
@@ -111,13 +124,13 @@ def _carry_out(state: State, domain: Box, chosen: Sequence[Candidate], budget: f
     order = sorted(chosen, key=lambda c: -c.layer)
     for index, wanted in enumerate(order):
         spent = sum(a.eps for a in applied) + sum(c.eps for c in order[index + 1:])
-        place = _place(state, domain, wanted.layer)
-        best = None if place is None else _best(_offers(place, budget - spent))
-        if place is None or best is None:
+        best = _best(_offers(state, domain, wanted.layer, budget - spent))
+        where = surroundings(state.network, state.network.relus[wanted.layer])
+        if best is None or where is None:
             continue
-        moved = propagate_all(state.network, outputs_of(state.network, place.where, best.error[None]))
+        moved = propagate_all(state.network, outputs_of(state.network, where, best.error[None]))
         applied.append(Applied(best, moved[state.network.output][0]))
-        state = _replace(widened(state, moved), place.where, best)
+        state = _replace(widened(state, moved), where, best)
     return state, applied
 
 
@@ -161,33 +174,78 @@ def _at_output(network: Network, where: Surroundings, errors: np.ndarray,
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A layer with linear channels in the current network."""
+    """A layer with channels that are, or are taken to be, linear.
+
+    Attributes:
+        network: the current network; layer: the number of the layer in it; where: its surroundings.
+        lines: the line of each channel: itself for stably active ones (slope 1, shift 0, gap 0).
+        relaxed: channels that are not stable.
+        block: the block of these lines.
+        gap: (k,) bound on the distance of each channel from its line as stored in the block.
+    """
 
     network: Network
     layer: int
     where: Surroundings
-    channels: np.ndarray
+    lines: Lines
+    relaxed: np.ndarray
     block: Block
+    gap: np.ndarray
 
 
-def _place(state: State, domain: Box, layer: int) -> Place | None:
+def _places(state: State, domain: Box, layer: int, budget: float) -> list[Place]:
+    """The layer with its stably active channels, and with more and more channels that are relaxed within the budget."""
     network, verdict = state.network, state.verdicts[layer]
-    where, channels = surroundings(network, network.relus[layer]), _active_channels(verdict)
-    if where is None or not channels.size:
-        return None
+    where = surroundings(network, network.relus[layer])
+    if where is None:
+        return []
     at = enclosures(network, domain, state.verdicts)[network.nodes[where.feeder].inputs[0]]
     if not (np.isfinite(at[0]).all() and np.isfinite(at[1]).all()):
-        return None
-    linear = channels.size == verdict.shape[0]
-    block = make_block(network, where, channels, at, gains(network, where), linear)
-    return Place(network, layer, where, channels, block)
+        return []
+    gain, active = gains(network, where), _active_channels(verdict)
+    sets = [active_lines(active), *_relaxed_sets(network, where, verdict, gain, active, budget)]
+    return [_place(network, layer, where, at, gain, lines, active.size) for lines in sets if lines.channels.size]
 
 
-def _offers(place: Place, budget: float) -> list[Candidate]:
+def active_lines(channels: np.ndarray) -> Lines:
+    """Stably active channels are their own lines."""
+    return Lines(channels, np.ones(channels.size), np.zeros(channels.size), np.zeros(channels.size))
+
+
+def _relaxed_sets(network: Network, where: Surroundings, verdict: LayerVerdict, gain: np.ndarray | None,
+                  active: np.ndarray, budget: float) -> list[Lines]:
+    """The active channels with the cheapest relaxed ones, up to several shares of the budget."""
+    lines = lines_of(verdict)
+    rows = np.abs(all_rows(network, where).astype(np.float64))[:, lines.channels]
+    weight = np.ones(len(rows)) if gain is None else gain[np.concatenate(owners(network, where))]
+    cost = lines.gap * (rows * weight[:, None]).max(axis=0, initial=0.0)
+    order = np.argsort(cost, kind="stable")
+    total = np.cumsum(cost[order])
+    sizes = {int((total <= share * budget).sum()) for share in _SHARES} - {0}
+    return [_joined(active_lines(active), lines.first(np.sort(order[:size]))) for size in sorted(sizes)]
+
+
+def _joined(a: Lines, b: Lines) -> Lines:
+    return Lines(*(np.concatenate([getattr(a, f.name), getattr(b, f.name)]) for f in fields(Lines)))
+
+
+def _place(network: Network, layer: int, where: Surroundings, at: Interval, gain: np.ndarray | None, lines: Lines,
+           active: int) -> Place:
+    linear = lines.channels.size == network.shapes[where.relu][0]
+    given = (lines.slope, lines.shift) if lines.channels.size > active else None
+    block = make_block(network, where, lines.channels, at, gain, linear, given)
+    size = np.abs(block.w_in) @ np.maximum(np.abs(block.lower), np.abs(block.upper)) + np.abs(block.b_in)
+    rounding = np.where(lines.gap > 0, 2.0**-50 * (size + np.abs(lines.shift) + lines.gap), 0.0)
+    return Place(network, layer, where, lines, lines.channels[active:], block, lines.gap + rounding)
+
+
+def _offers(state: State, domain: Box, layer: int, budget: float) -> list[Candidate]:
     """Candidates of one layer within the budget."""
-    found = _merges(place, budget)
-    if place.block.linear and _can_fold(place.network, place.where):
-        found.append(_candidate(place, "fold", folded(place.block)))
+    found = []
+    for place in _places(state, domain, layer, budget):
+        found += _merges(place, budget)
+        if place.block.linear and _can_fold(place.network, place.where):
+            found.append(_candidate(place, "fold", folded(place.block)))
     return [c for c in found if c.saved > 0 and c.eps <= budget]
 
 
@@ -214,22 +272,24 @@ def gains(network: Network, where: Surroundings) -> np.ndarray | None:
 def _merges(place: Place, budget: float) -> list[Candidate]:
     """Merges by growing numbers of units: the fewest within the budget and a few more precise ones."""
     block = place.block
-    limit = min(place.channels.size - (not block.linear), *block.w_in.shape, len(block.w_out))
+    limit = min(place.lines.channels.size - (not block.linear), *block.w_in.shape, len(block.w_out))
     found: list[Candidate] = []
     for units in mergers(block, budget, limit) if limit >= 0 else ():
         found.append(_candidate(place, "merge", units))
-        if sum(c.eps <= budget for c in found) >= 4 or found[-1].saved <= 0:
+        if sum(c.eps <= budget for c in found) >= 3 or found[-1].saved <= 0:
             break
     return found
 
 
 def _candidate(place: Place, rule: str, units: Units) -> Candidate:
     block = place.block
-    error = deviation(block, units)
+    gaps = np.abs(block.w_out.astype(np.float64)) @ place.gap
+    error = inflated(deviation(block, units) + inflated(block.summed(gaps), len(place.gap) + len(gaps)), 2)
     eps = float(_at_output(place.network, place.where, error[None]).max()) if np.isfinite(error).all() else np.inf
     gone, rows, columns = len(block.w_in), len(block.w_out), block.w_in.shape[1]
     new = rows * columns if rule == "fold" else len(units.v) * (columns + 1 + rows)
-    return Candidate(place.layer, rule, units, place.channels, gone * (columns + 1 + rows) - new, error, eps)
+    saved = gone * (columns + 1 + rows) - new
+    return Candidate(place.layer, rule, units, place.lines.channels, place.relaxed, saved, error, eps)
 
 
 # -- rewriting ------------------------------------------------------------------------------------------------------

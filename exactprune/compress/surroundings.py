@@ -113,7 +113,7 @@ def _relabelled(op: Op, labels: np.ndarray, homogeneous: bool) -> np.ndarray | N
 
 
 def make_block(network: Network, where: Surroundings, channels: np.ndarray, at: Interval, gain: np.ndarray | None,
-               linear: bool) -> Block:
+               linear: bool, lines: tuple[np.ndarray, np.ndarray] | None = None) -> Block:
     """The block of some channels of a layer.
 
     Args:
@@ -123,29 +123,43 @@ def make_block(network: Network, where: Surroundings, channels: np.ndarray, at: 
         at: enclosure of the tensor that the feeder reads.
         gain: weight of each output of the readers, all readers in one; ones by default.
         linear: whether the ReLU goes (all channels are linear).
+        lines: (slope, shift) per channel: each is taken as slope * z + shift, rounded to float64; z by default.
     """
-    feeder = network.nodes[where.feeder].op
-    assert isinstance(feeder, Affine | Conv2d)
-    owners, biases, start = [], [], 0
-    for reader in where.readers:
-        op = network.nodes[reader.position].op
-        assert isinstance(op, Affine | Conv2d)
-        owners.append(start + np.repeat(np.arange(len(op.bias)), _by_channel(op, reader.channel).shape[1]))
-        biases.append(op.bias)
-        start += len(op.bias)
+    feeder = mixer(network, where.feeder)
+    biases = [mixer(network, r.position).bias for r in where.readers]
     lower, upper = _window_bounds(feeder, at)
     w_out = all_rows(network, where)[:, channels]
-    return Block(feeder.weight.reshape(len(feeder.bias), -1)[channels], feeder.bias[channels], w_out,
-                 np.concatenate(owners), np.concatenate(biases), lower, upper,
-                 np.ones(start) if gain is None else gain, network.dtype, linear, where.padded)
+    w_in, b_in = feeder.weight.reshape(len(feeder.bias), -1)[channels], feeder.bias[channels]
+    if lines is not None:
+        slope, shift = lines
+        w_in, b_in = w_in.astype(np.float64) * slope[:, None], b_in.astype(np.float64) * slope + shift
+    return Block(w_in, b_in, w_out,
+                 np.concatenate(owners(network, where)), np.concatenate(biases), lower, upper,
+                 np.ones(sum(map(len, biases))) if gain is None else gain, network.dtype, linear, where.padded)
+
+
+def mixer(network: Network, position: int) -> Affine | Conv2d:
+    """The operator of a node that is known to mix."""
+    op = network.nodes[position].op
+    assert isinstance(op, Affine | Conv2d)
+    return op
+
+
+def owners(network: Network, where: Surroundings) -> list[np.ndarray]:
+    """The output that each row of ``all_rows`` belongs to, counted through all readers; one array a reader."""
+    found, start = [], 0
+    for reader in where.readers:
+        op = mixer(network, reader.position)
+        found.append(start + np.repeat(np.arange(len(op.bias)), _by_channel(op, reader.channel).shape[1]))
+        start += len(op.bias)
+    return found
 
 
 def all_rows(network: Network, where: Surroundings) -> np.ndarray:
     """The readers' weights by channel, one row per output and tap, all readers in one: (q, channels)."""
     found = []
     for reader in where.readers:
-        op = network.nodes[reader.position].op
-        assert isinstance(op, Affine | Conv2d)
+        op = mixer(network, reader.position)
         by_channel = _by_channel(op, reader.channel)
         found.append(by_channel.reshape(-1, by_channel.shape[-1]))
     return np.concatenate(found)
@@ -183,8 +197,7 @@ def rewritten(network: Network, where: Surroundings, kept: np.ndarray, new: Unit
         new: the units that replace all other channels.
         w_out: new weights of the readers for the kept channels, (q, kept), as in ``Block``; the old ones by default.
     """
-    feeder = network.nodes[where.feeder].op
-    assert isinstance(feeder, Affine | Conv2d)
+    feeder = mixer(network, where.feeder)
     weight = np.concatenate([feeder.weight[kept], new.v.reshape(-1, *feeder.weight.shape[1:])])
     bias = np.concatenate([feeder.bias[kept], new.c])
     found: dict[int, Op] = {where.feeder: replace(feeder, weight=weight, bias=bias)}
@@ -216,8 +229,7 @@ def _split(network: Network, where: Surroundings, rows: np.ndarray) -> Iterator[
     """Rows (q, channels) as (outputs, taps, channels) for each reader."""
     start = 0
     for reader in where.readers:
-        op = network.nodes[reader.position].op
-        assert isinstance(op, Affine | Conv2d)
+        op = mixer(network, reader.position)
         outputs, taps = _by_channel(op, reader.channel).shape[:2]
         yield rows[start:start + outputs * taps].reshape(outputs, taps, -1)
         start += outputs * taps

@@ -12,7 +12,7 @@ from exactprune.compress.block import Block, Units
 from exactprune.compress.deviation import propagate_all
 from exactprune.compress.enclosure import enclosures
 from exactprune.compress.linear import gains, widened
-from exactprune.compress.rules.duplicate import Twin, absorbed, twins
+from exactprune.compress.rules.duplicate import Twin, absorbed, taken_over, twins
 from exactprune.compress.surroundings import Surroundings, make_block, outputs_of, replaced, rewritten, surroundings
 from exactprune.domain import Box
 from exactprune.network import Network
@@ -69,7 +69,8 @@ def _absorb(state: State, domain: Box, layer: int, budget: float) -> tuple[State
 
 def _affordable(block: Block, found: list[Twin], reach: np.ndarray, budget: float) -> list[Twin]:
     """The cheapest twins whose costs, each on its own, stay within the budget altogether."""
-    costs = [float((absorbed(block, [t], reach)[1] * block.gain).max(initial=0.0)) for t in found]
+    weight = block.gain[block.owner]
+    costs = [float((taken_over(block, t.kept, [t], float(reach[t.kept]))[1] * weight).max(initial=0.0)) for t in found]
     order = np.argsort(costs, kind="stable")
     total = np.cumsum(np.asarray(costs)[order])
     return [found[i] for i, spent in zip(order, total, strict=True) if spent <= budget]

@@ -13,9 +13,8 @@ neurons are the rank-one case of linear dependence), but here the neurons need n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 
@@ -98,11 +97,9 @@ def _twin(block: Block, i: int, j: int) -> Twin | None:
 
 
 def _proportional(a: np.ndarray, b: np.ndarray, ratio: float) -> bool:
-    """b = ratio a, exactly."""
-    if not np.allclose(b, ratio * a.astype(np.float64), rtol=1e-12, atol=0):
-        return False
-    t = Fraction(ratio)
-    return all(Fraction(float(y)) == t * Fraction(float(x)) for x, y in zip(a, b, strict=True))
+    """b = ratio a, exactly: every product is exact in float64 and equal (b is a float, so a product that rounds differs)."""
+    product, exact = exact_product(a.astype(np.float64), np.full(len(a), ratio))
+    return bool((exact & (product == b)).all())
 
 
 def _gap(block: Block, i: int, j: int, ratio: float) -> float:
@@ -117,7 +114,7 @@ def _gap(block: Block, i: int, j: int, ratio: float) -> float:
     return float(np.nextafter(np.float64(bound), np.inf))
 
 
-def absorbed(block: Block, found: list[Twin], reach: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def absorbed(block: Block, found: Sequence[Twin], reach: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """New outgoing weights (q, k), and a bound on the change at each output (m,).
 
     Args:
@@ -125,18 +122,27 @@ def absorbed(block: Block, found: list[Twin], reach: np.ndarray) -> tuple[np.nda
         found: twins to carry out.
         reach: (k,) upper bound of relu(z) of each neuron.
     """
-    w_out = block.w_out.astype(np.float64)
-    exact = np.ones(w_out.shape, bool)
-    size = np.abs(w_out)
+    by_kept: dict[int, list[Twin]] = {}
     for twin in found:
-        part, fine = exact_product(block.w_out[:, twin.gone].astype(np.float64), np.full(len(w_out), twin.ratio))
-        total, also = exact_sum(w_out[:, twin.kept], part)
-        w_out[:, twin.kept], exact[:, twin.kept] = total, exact[:, twin.kept] & fine & also
-        size[:, twin.kept] += np.abs(part)
+        by_kept.setdefault(twin.kept, []).append(twin)
+    stored, rows = block.w_out.copy(), np.zeros(len(block.w_out))
+    for kept, gone in by_kept.items():
+        stored[:, kept], change = taken_over(block, kept, gone, float(reach[kept]))
+        rows = rows + change
+    return stored, inflated(block.summed(rows), len(by_kept) + len(rows))
+
+
+def taken_over(block: Block, kept: int, gone: Sequence[Twin], reach: float) -> tuple[np.ndarray, np.ndarray]:
+    """The outgoing weights of a neuron with its twins' taken over, and a bound on the change of each row."""
+    total = block.w_out[:, kept].astype(np.float64)
+    exact, size, gaps = np.ones(len(total), bool), np.abs(total), np.zeros(len(total))
+    for twin in gone:
+        weight = block.w_out[:, twin.gone].astype(np.float64)
+        part, fine = exact_product(weight, np.full(len(total), twin.ratio))
+        total, also = exact_sum(total, part)
+        exact &= fine & also
+        size, gaps = size + np.abs(part), gaps + np.abs(weight) * twin.gap
     with np.errstate(over="ignore"):
-        stored = w_out.astype(block.dtype)
-    rounding = np.abs(stored.astype(np.float64) - w_out) + np.where(exact, 0.0, gamma(3 * len(found) + 4) * size)
-    rows = rounding @ reach
-    for twin in found:
-        rows = rows + np.abs(block.w_out[:, twin.gone].astype(np.float64)) * twin.gap
-    return stored, inflated(block.summed(rows), len(found) + w_out.shape[1] + len(rows))
+        stored = total.astype(block.dtype)
+    rounding = np.abs(stored.astype(np.float64) - total) + np.where(exact, 0.0, gamma(3 * len(gone) + 4) * size)
+    return stored, inflated(rounding * reach + gaps, len(gone) + 4)

@@ -78,7 +78,7 @@ def leading(block: Block, rest: np.ndarray, count: int, rounds: int = 6) -> np.n
 
 def _scaled(right: np.ndarray, rad: np.ndarray) -> np.ndarray:
     """Rows with diag(rad) divided out, and a range of about 1 on the domain."""
-    v = np.divide(right, rad, out=np.zeros_like(right), where=rad > 1e-20 * rad.max(initial=0))
+    v = np.divide(right, rad, out=np.zeros_like(right), where=rad > max(1e-20 * rad.max(initial=0), 1e-200))
     return v / np.maximum(np.abs(v) @ rad, 1e-300)[:, None]
 
 
