@@ -21,6 +21,7 @@ GROUP = "exactprune.pruners"
 BUILT_IN = {
     "random": "random:Random", "magnitude": "magnitude:Magnitude",
     "snip": "snip:Snip", "grasp": "grasp:Grasp", "synflow": "synflow:SynFlow",
+    "obd": "obd:Obd", "obs": "obs:Obs", "woodfisher": "woodfisher:WoodFisher",
 }
 _REGISTERED: dict[str, type[Pruner[Any]]] = {}
 
