@@ -26,7 +26,7 @@ bench: .venv/.installed  ## figures of docs/performance.md
 	for script in benchmarks/[!_]*.py; do $(BIN)/python $$script || exit 1; done
 
 soundness: .venv/.installed  ## 20,000 random networks against exact rational evaluation
-	$(BIN)/python benchmarks/soundness.py --networks 20000
+	$(BIN)/python tests/soundness/hunt.py --networks 20000 --jobs 2
 
 models: .venv/.installed  ## train models/ again
 	$(BIN)/python models/train.py
