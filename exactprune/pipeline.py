@@ -76,7 +76,7 @@ class Verification:
     @property
     def totals(self) -> dict[str, int]:
         """``{neurons, inactive, active, unstable, unknown}`` over all layers."""
-        total = dict.fromkeys(("neurons", "inactive", "active", "unstable", "unknown"), 0)
+        total: dict[str, int] = dict.fromkeys(("neurons", "inactive", "active", "unstable", "unknown"), 0)
         for layer in self.layers:
             for word, count in layer.counts().items():
                 total[word] += count
@@ -85,8 +85,8 @@ class Verification:
     def __str__(self) -> str:
         head = f"{'layer':>5}  {'node':<20} {'neurons':>8} {'inactive':>9} {'active':>7} {'unstable':>9} {'unknown':>8}"
         rows = [(str(v.layer), v.node, v.counts()) for v in self.layers] + [("all", "", self.totals)]
-        lines = [f"{k:>5}  {name:<20.20} {c['neurons']:>8,} {c['inactive']:>9,} {c['active']:>7,} {c['unstable']:>9,} {c['unknown']:>8,}"
-                 for k, name, c in rows]
+        lines = [f"{k:>5}  {name:<20.20} {c['neurons']:>8,} {c['inactive']:>9,} {c['active']:>7,} {c['unstable']:>9,} "
+                 f"{c['unknown']:>8,}" for k, name, c in rows]
         return "\n".join([f"{self.network.name} over {self.domain.source}, {self.seconds:.1f} s", head, *lines])
 
     __repr__ = __str__
@@ -324,7 +324,7 @@ def failed(task: Task, error: str) -> TaskResult:
 
 
 def _suggester(network: Network, domain: Box, options: VerifyOptions) -> Suggest | None:
-    ways = {"milp": _by_milp, "scaling-up": _by_scaling_up, "leo": _by_leo}
+    ways = {"auto": _by_milp, "milp": _by_milp, "scaling-up": _by_scaling_up, "leo": _by_leo}
     way = ways.get(options.decider)
     return None if way is None else partial(way, network, domain, options)
 
@@ -333,7 +333,7 @@ def _by_milp(network: Network, domain: Box, options: VerifyOptions, asked: Asked
              upper: Sequence[np.ndarray], seconds: float) -> Iterator[LayerSuggestions]:
     from exactprune.deciders import milp
 
-    end = monotonic() + 0.7 * seconds
+    end = monotonic() + (0.7 if options.decider == "milp" else 1.0) * seconds
     for layer, (positive, negative) in asked.items():
         neurons = np.unique(np.concatenate([positive, negative]))
         yield milp.decide(network, domain, lower[:layer], upper[:layer], layer, neurons, ask_positive=np.isin(neurons, positive),

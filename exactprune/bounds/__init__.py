@@ -1,0 +1,1 @@
+"""Sound bounds on pre-activations (interval, CROWN, alpha-CROWN) and witnesses, in torch float64."""

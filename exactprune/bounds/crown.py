@@ -4,9 +4,10 @@ Start from coefficients v on the output of a node and substitute operators from 
 by its relaxation (Zhang et al. 2018, eq. 8-10). What is left is a linear function of the input, whose maximum over a box is
 A.mid + abs(A).rad. The minimum is minus the maximum of the negative, so both sides are rows of one batch.
 
-Soundness in floating point: every product v M is within gamma abs(v) abs(M) of the exact one, so replacing the exact by the computed
-coefficients changes the form by at most gamma abs(v) . (abs(M) H + abs(b)) on D, with H >= abs(input of M) (docs/certificate.md has
-the exact version). These terms are added up with everything else; any order of summation, any device.
+Soundness in floating point: every product v M is within gamma abs(v) abs(M) of the exact one, so replacing the exact by
+the computed coefficients changes the form by at most gamma abs(v) . (abs(M) H + abs(b)) on D, with H >= abs(input of M)
+(docs/certificate.md has the exact version). These terms are added up with everything else; any order of summation, any
+device.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from exactprune.bounds.interval import NodeBounds, pool_windows
-from exactprune.bounds.program import TINY, Program
+from exactprune.bounds.program import FLOOR, TINY, Program
 from exactprune.bounds.relaxation import Relaxation, fused
 from exactprune.network import INPUT
 from exactprune.ops import Add, MaxPool2d, ReLU
@@ -118,8 +119,8 @@ class Backward:
         size = extra.abs()
         error = size * bounds.magnitude * self.program.gamma
         if fused(self.program, layer):
-            assert mapping is not None and bounds.error is not None
-            error = error + size * bounds.error * self.program.gamma
+            assert mapping is not None
+            error = error if bounds.error is None else error + size * bounds.error * self.program.gamma
             if mapping.bias is not None:
                 total = total + (extra * mapping.bias).sum(dim=-1, keepdim=True)
         return a + extra.unsqueeze(1), total + error.sum(dim=-1, keepdim=True) * (1 + 1e-6)
@@ -131,7 +132,7 @@ class Backward:
             total = total + v @ mapping.bias
         error = self.known[position].error
         if error is not None:
-            total = total + v.abs() @ (error.reshape(-1, error.shape[-1])[0] * (self.program.gamma * (1 + 1e-6)))
+            total = total + v.abs() @ (error.reshape(-1, error.shape[-1])[0] * (self.program.gamma * (1 + 1e-6)) + TINY)
         total = total + self._shared_error(position, v)
         moved = mapping.transposed(v.flatten(0, 1)).view(*v.shape[:2], -1)
         _accumulate(pending, self.program.network.nodes[position].inputs[0], moved)
@@ -142,14 +143,15 @@ class Backward:
         if len(self.program.network.readers[position]) < 2:
             return 0.0
         magnitude = self.known[position].magnitude.amax(dim=0)
-        return v.abs() @ (magnitude * self.program.gamma)
+        return v.abs() @ (magnitude * self.program.gamma + TINY)
 
     def _max_pool(self, position: int, v: Tensor, total: Tensor, pending: dict[int, Tensor]) -> Tensor:
         source = self.program.network.nodes[position].inputs[0]
         chosen, wins, top, size = pool_choice(self.program, position, self.known[source])
         plus, minus = v.clamp(min=0), v.clamp(max=0)
         total = total + _dot(plus, top * ~wins) * (1 + self.program.gamma)
-        total = total + v.abs() @ ((size.amax(dim=0) + top.abs().amax(dim=0)) * self.program.gamma) + self._shared_error(position, v)
+        rounding = (size.amax(dim=0) + top.abs().amax(dim=0)) * self.program.gamma + TINY
+        total = total + v.abs() @ rounding + self._shared_error(position, v)
         a = minus + plus * wins.unsqueeze(1)
         out = v.new_zeros(*v.shape[:2], self.program.size(source))
         out.scatter_add_(2, chosen.unsqueeze(1).expand(v.shape[0], v.shape[1], -1), a)
@@ -175,7 +177,8 @@ def _accumulate(pending: dict[int, Tensor], position: int, v: Tensor) -> None:
 
 def pool_choice(program: Program, position: int, x: NodeBounds) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For each window of a max pool: (input chosen, whether it is always the maximum, largest upper bound, magnitude)."""
-    low, up = pool_windows(program, position, x.lower), pool_windows(program, position, x.upper)
+    finite = x.lower.clamp(min=torch.finfo(x.lower.dtype).min)  # so that no place in the padding ties with an input
+    low, up = pool_windows(program, position, finite), pool_windows(program, position, x.upper)
     count = torch.arange(x.lower.shape[1], dtype=torch.float64, device=x.lower.device)
     places = pool_windows(program, position, count[None], fill=-1.0)[0].long()
     best = low.argmax(dim=-1, keepdim=True)
@@ -203,8 +206,8 @@ def start_error(program: Program, layer: int, neurons: Tensor, known: Mapping[in
     """What rounding may have changed by the end of a pass besides its steps: (rows,)."""
     bounds = known[program.preactivation(layer)]
     if bounds.error is None:
-        return program.gamma * bounds.magnitude.amax(dim=0)[neurons]
-    return program.gamma * bounds.error.reshape(-1, bounds.error.shape[-1])[0][neurons]
+        return program.gamma * bounds.magnitude.amax(dim=0)[neurons] + FLOOR
+    return program.gamma * bounds.error.reshape(-1, bounds.error.shape[-1])[0][neurons] + FLOOR
 
 
 def crown_rows(program: Program, layer: int, neurons: Tensor, known: Mapping[int, NodeBounds],

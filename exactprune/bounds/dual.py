@@ -5,9 +5,9 @@ A row asks for the maximum of ``sign * z_hat`` of one neuron over D, possibly wi
     B(alpha, beta) = max over x in D of the linear form left after substituting every ReLU with coefficient v by
         s z + t if v >= 0,   alpha z if v < 0 (alpha in [0, 1]),   plus  sigma beta z  for split neurons (beta >= 0),
 
-where sigma = +1 on the branch z >= 0 and -1 on z <= 0: sigma beta z >= 0 there, so adding it keeps an upper bound (Wang et al. 2021,
-"Beta-CROWN", theorem 3.1; Xu et al. 2021, "Fast and complete", alpha-CROWN). B is sound for every alpha and beta, evaluated by
-``crown.Backward`` with all rounding paid for, so the optimiser can be as heuristic as it likes.
+where sigma = +1 on the branch z >= 0 and -1 on z <= 0: sigma beta z >= 0 there, so adding it keeps an upper bound (Wang et al.
+2021, "Beta-CROWN", theorem 3.1; Xu et al. 2021, "Fast and complete", alpha-CROWN). B is sound for every alpha and beta,
+evaluated by ``crown.Backward`` with all rounding paid for, so the optimiser can be as heuristic as it likes.
 
 The gradient needs no autograd: with x* the maximising corner and (z*, y*) the values of the relaxed network there,
 dB/dalpha_j = min(v_j, 0) z*_j and dB/dbeta_j = sigma_j z*_j. The same values say where the relaxation is loosest

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exactprune.bounds.linear_maps import LinearMap, MoveMap
-from exactprune.bounds.program import TINY, Program
+from exactprune.bounds.program import LARGE, TINY, Program
 from exactprune.network import INPUT
 from exactprune.ops import Add, MaxPool2d, ReLU
 
@@ -26,8 +26,8 @@ class NodeBounds:
 
     Attributes:
         lower, upper: float64 of shape (groups, size).
-        error: float64 of shape (size,) or (groups, size): sum of the absolute terms of the node's own sum, abs(M) H + abs(b), where H bounds the
-            node's input; the factor that gamma multiplies when this node is substituted (0 where nothing is rounded).
+        error: float64 of shape (size,): sum of the absolute terms of the node's own sum, abs(M) H + abs(b), where H
+            bounds the node's input; what gamma multiplies when this node is substituted. None where nothing is rounded.
     """
 
     lower: Tensor
@@ -41,8 +41,8 @@ class NodeBounds:
 
 
 def input_bounds(lower: Tensor, upper: Tensor) -> NodeBounds:
-    """Bounds of the input node."""
-    return NodeBounds(lower, upper)
+    """Bounds of the input node; endpoints too large to compute with count as infinite."""
+    return _finite(lower, upper, None)
 
 
 def interval_node(program: Program, position: int, known: dict[int, NodeBounds]) -> NodeBounds:
@@ -73,7 +73,7 @@ def interval_node(program: Program, position: int, known: dict[int, NodeBounds])
 
 def _finite(lower: Tensor, upper: Tensor, error: Tensor | None) -> NodeBounds:
     infinity = torch.tensor(torch.inf, dtype=torch.float64, device=lower.device)
-    bad = ~(torch.isfinite(lower) & torch.isfinite(upper))
+    bad = ~((lower.abs() <= LARGE) & (upper.abs() <= LARGE))  # NaN too
     if bad.any():
         lower, upper = lower.masked_fill(bad, -infinity), upper.masked_fill(bad, infinity)
         error = torch.nan_to_num(error, nan=torch.inf) if error is not None else None
@@ -85,7 +85,7 @@ def _linear(program: Program, mapping: LinearMap, x: NodeBounds) -> NodeBounds:
         if mapping.bias is None:
             return NodeBounds(mapping.forward(x.lower), mapping.forward(x.upper))
         error = mapping.bias.abs() + mapping.forward(x.magnitude).amax(dim=0)
-        return NodeBounds(mapping.forward(x.lower) + mapping.bias, mapping.forward(x.upper) + mapping.bias, error)
+        return _finite(mapping.forward(x.lower) + mapping.bias, mapping.forward(x.upper) + mapping.bias, error)
     groups = len(x.lower)
     magnitude = x.magnitude.amax(dim=0, keepdim=True)
     plus = mapping.forward(torch.cat([x.lower, x.upper, magnitude]), "plus")
@@ -96,9 +96,16 @@ def _linear(program: Program, mapping: LinearMap, x: NodeBounds) -> NodeBounds:
         slack = (plus[:-1] - minus[:-1] + torch.as_tensor(bias).abs()) * program.gamma
     else:
         slack = (error * program.gamma).expand(2 * groups, -1)
-    slack = slack + TINY * (slack > 0)
+    lost = TINY * _may_underflow(mapping, magnitude)
+    slack, error = slack + TINY * (slack > 0) + lost, error + lost
     total = plus[:-1] + minus[:-1] + bias
     return _finite(total[:groups] - slack[:groups], total[groups:] + slack[groups:], error)
+
+
+def _may_underflow(mapping: LinearMap, magnitude: Tensor) -> bool:
+    """Whether a product of a weight and an input, neither of them 0, can be so small that it loses bits or vanishes."""
+    smallest = magnitude[magnitude > 0]
+    return bool(len(smallest)) and mapping.smallest * float(smallest.min()) < 2.0**-900
 
 
 def _add(program: Program, a: NodeBounds, b: NodeBounds) -> NodeBounds:

@@ -89,7 +89,7 @@ def crown_bounds(program: Program, lower: Tensor, upper: Tensor, memory: int = 1
 
 
 def first_is_exact(program: Program, layer: int) -> bool:
-    """Whether a layer's pre-activation is one linear map of the input (moves aside), so that interval bounds are the exact range."""
+    """Whether a layer's pre-activation is one linear map of the input (moves aside): interval bounds are the exact range."""
     position, maps = program.preactivation(layer), 0
     while position != INPUT:
         mapping = program.maps[position]

@@ -30,12 +30,14 @@ class LinearMap(ABC):
         size_in, size_out: lengths of the flat vectors.
         terms: the most products any entry of M x or M^T v sums up (0: the map moves values and rounds nothing).
         bias: float64 tensor of shape (size_out,), or None.
+        smallest: the smallest nonzero abs(M), for underflow; 1 if there is none.
     """
 
     size_in: int
     size_out: int
     terms: int
     bias: Tensor | None
+    smallest: float = 1.0
 
     @abstractmethod
     def forward(self, x: Tensor, part: str = "all") -> Tensor:
@@ -65,6 +67,11 @@ def _part(weight: Tensor, part: str) -> Tensor:
     raise ValueError(part)
 
 
+def _smallest(weight: Tensor) -> float:
+    sizes = weight[weight != 0].abs()
+    return float(sizes.min()) if len(sizes) else 1.0
+
+
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
     return torch.tensor(np.asarray(array, dtype=np.float64), device=device)
 
@@ -76,6 +83,7 @@ class DenseMap(LinearMap):
         self.weight = _tensor(op.weight, device)
         self.bias = _tensor(op.bias, device)
         self.size_out, self.size_in = self.weight.shape
+        self.smallest = _smallest(self.weight)
         self.terms = max(self.weight.shape)
 
     def forward(self, x: Tensor, part: str = "all") -> Tensor:
@@ -97,6 +105,7 @@ class ConvMap(LinearMap):
         self.padding = op.padding
         self.size_in, self.size_out = prod(shape_in), prod(self.shape_out)
         self.weight = _tensor(op.weight, device)
+        self.smallest = _smallest(self.weight)
         places = self.shape_out[1] * self.shape_out[2]
         self.bias = _tensor(op.bias, device).repeat_interleave(places)
         self.terms = max(prod(op.weight.shape[1:]), op.weight.shape[0] * prod(op.kernel))
@@ -174,7 +183,7 @@ class ScaleMap(LinearMap):
         self.diagonal = _tensor(np.broadcast_to(op.scale, shape_in), device).reshape(-1)
         self.bias = _tensor(np.broadcast_to(op.shift, shape_in), device).reshape(-1)
         self.size_in = self.size_out = prod(shape_in)
-        self.terms = 1
+        self.terms, self.smallest = 1, _smallest(self.diagonal)
 
     def forward(self, x: Tensor, part: str = "all") -> Tensor:
         return x * _part(self.diagonal, part)
@@ -184,14 +193,12 @@ class ScaleMap(LinearMap):
 
 
 class MoveMap(LinearMap):
-    """M moves values and adds constants: reshape, transpose, padding. ``source[i]`` is where output i comes from (-1: constant)."""
+    """M moves values and adds constants: reshape, transpose, padding. Output ``kept[i]`` is input ``source[i]``."""
 
     def __init__(self, op: Op, shape_in: Shape, device: torch.device) -> None:
         places = np.arange(prod(shape_in)).reshape(1, *shape_in)
-        if isinstance(op, Pad):
-            source = np.pad(places, ((0, 0), *op.pads), constant_values=-1)
-        else:
-            source = op.evaluate(places)
+        padded = isinstance(op, Pad)
+        source = np.pad(places, ((0, 0), *op.pads), constant_values=-1) if padded else op.evaluate(places)
         flat = source.reshape(-1)
         self.size_in, self.size_out, self.terms = prod(shape_in), flat.size, 0
         self.moves = not np.array_equal(flat, np.arange(self.size_in))
@@ -228,7 +235,7 @@ class AvgPoolMap(LinearMap):
         self.divisor = _tensor(op.divisors(shape_in), device).reshape(-1)
         self.channels, self.places = channels, height * width
         self.size_in, self.size_out = prod(shape_in), channels * height * width
-        self.terms, self.bias = prod(op.kernel) + 1, None
+        self.terms, self.bias, self.smallest = prod(op.kernel) + 1, None, 1.0 / float(self.divisor.max())
 
     def forward(self, x: Tensor, part: str = "all") -> Tensor:
         if part == "minus":

@@ -3,7 +3,12 @@
 Every stored float32 or float64 is exact in float64, so the only errors are those of evaluating sums of products. With
 u = 2^-53 and n terms in any order, a computed dot product is within gamma_n |a|.|b| of the exact one, gamma_n = n u / (1 - n u)
 (Higham 2002, section 3.1). One constant ``gamma`` covers all sums of a network: n is the largest reduction plus a margin
-for the handful of additions and products around it, times four for the two-sided uses in ``crown``. ``tiny`` covers underflow.
+for the handful of additions and products around it, times four for the two-sided uses in ``crown``.
+
+Underflow is absolute, not relative: a product may be off by 2^-1074 more. Values beyond ``LARGE`` count as infinite, so
+what such errors in coefficients can move a linear form by, at most 2^-1074 n LARGE a node, stays below ``FLOOR``, which
+every backward bound adds once. ``TINY`` pays for it where an error term itself underflows before a large coefficient
+multiplies it.
 """
 
 from __future__ import annotations
@@ -21,6 +26,8 @@ from exactprune.ops import Add, MaxPool2d, ReLU
 
 UNIT_ROUNDOFF = 2.0**-53
 TINY = 2.0**-960
+LARGE = 2.0**400
+FLOOR = 2.0**-560
 
 
 @dataclass(frozen=True, eq=False)

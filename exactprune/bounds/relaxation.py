@@ -1,7 +1,8 @@
 """The linear relaxation of a layer of ReLU neurons that backward bound propagation substitutes.
 
-To bound a maximum, a ReLU output y = max(z, 0) with coefficient v >= 0 is replaced by the upper line s z + t through (l, 0) and (u, u), and with
-v < 0 by alpha z with any alpha in [0, 1] (Zhang et al. 2018, "Efficient neural network robustness certification with general
+To bound a maximum, a ReLU output y = max(z, 0) with coefficient v >= 0 is replaced by the upper line s z + t through
+(l, 0) and (u, u), and with v < 0 by alpha z with any alpha in [0, 1] (Zhang et al. 2018, "Efficient neural network
+robustness certification with general
 activation functions", CROWN; Xu et al. 2021, alpha-CROWN). Why it is sound in floating point: the slopes are *given*
 numbers. For whatever float s the intercept t is rounded up to at least max(relu(z) - s z) over [l, u], and computing a = v s
 instead of taking it exactly (and adding up v where several nodes read the neuron) is paid for by gamma abs(v) H, where H bounds
@@ -48,7 +49,7 @@ class Relaxation:
 
 
 def fused(program: Program, layer: int) -> bool:
-    """Whether the pre-activation of a layer is a linear map that only this layer reads, so that its error terms fold into ours."""
+    """Whether a layer's pre-activation is a linear map that only this layer reads: its error terms then fold into ours."""
     position = program.preactivation(layer)
     return position >= 0 and program.maps[position] is not None and len(program.network.readers[position]) == 1
 
@@ -90,7 +91,7 @@ def relax(program: Program, layer: int, bounds: NodeBounds, alpha: Tensor | None
         mapping = program.maps[program.preactivation(layer)]
         if mapping is not None and mapping.bias is not None:
             on_plus, on_all = on_plus + gap * mapping.bias, on_all - low * mapping.bias
-    error = error * _INFLATE * (up_bound > 0)
+    error = (error * _INFLATE + TINY) * (up_bound > 0)
     made = Relaxation(low, gap, on_plus + 2 * error, on_all + error, intercept)
     return _compacted(program, layer, made, up_bound) if compact else made
 

@@ -1,0 +1,1 @@
+"""Exact decisions: branch and bound, input splitting, LP and MILP suggestions, the cascade, and certificates."""

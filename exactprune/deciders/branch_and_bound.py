@@ -1,8 +1,8 @@
 """Branch and bound over ReLU phases, many neurons and many nodes at once (beta-CROWN style).
 
 To decide whether sign * z_hat <= 0 on D, nodes fix the phases of some neurons; a node is closed when its dual bound
-(``bounds.dual``, alpha and beta tuned by gradients, warm-started from the parent) is <= 0, and split otherwise on the neuron whose
-relaxation gives most away at the node's maximising corner. That corner, evaluated on the real network, is also the natural
+(``bounds.dual``, alpha and beta tuned by gradients, warm-started from the parent) is <= 0, and split otherwise on the neuron
+whose relaxation gives most away at the node's maximising corner. That corner, evaluated on the real network, is also the natural
 counterexample: it is how most unstable neurons that sampling missed are found. (Bunel et al. 2020, "Branch and bound for
 piecewise linear neural network verification"; Wang et al. 2021, "Beta-CROWN".)
 

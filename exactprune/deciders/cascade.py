@@ -1,10 +1,10 @@
 """The cascade: every neuron's status, from the cheapest method that settles it, with the proof of every verdict.
 
 Layer by layer: interval bounds, CROWN for the rows still open, witnesses by gradient ascent. Then alpha-CROWN for what lacks a
-witness, and for unstable neurons of earlier layers while a later layer that lives on their bounds is open. What is open then goes to the exact
-deciders: input splitting where there are few inputs, branch and bound over phases in rounds of growing effort, so that the
-time goes where verdicts are cheapest, with a MILP as a last resort for witnesses. A verdict is kept only when the independent
-checker accepts its record; otherwise it is ``unknown`` with the reason.
+witness, and for unstable neurons of earlier layers while a later layer that lives on their bounds is open. What is open
+then goes to the exact deciders: input splitting where there are few inputs, branch and bound over phases in rounds of
+growing effort, so that the time goes where verdicts are cheapest, with a MILP as a last resort for witnesses. A verdict
+is kept only when the independent checker accepts its record; otherwise it is ``unknown`` with the reason.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from exactprune.claim import Method, Status
 from exactprune.deciders.input_split import InputSplit, Question, SplitLimits
 from exactprune.deciders.outcome import LayerSuggestions
 from exactprune.deciders.proofs import Multipliers, Record, Tree, crown_record, linear_record
-from exactprune.deciders.tasks import QUESTIONS_A_TASK, Setting, Task, TaskResult, bounds_before, run_task
+from exactprune.deciders.tasks import LP_AFTER, QUESTIONS_A_TASK, Setting, Task, TaskResult, bounds_before, run_task
 from exactprune.domain import Box
 from exactprune.network import Network
 
 FEW_INPUTS = 8
+MANY_QUESTIONS = 64  # above this, more restarts come before branch and bound
 NODE_ROUNDS = (64, 1024, 50_000)
 ALPHA_STEPS = 20
 TIGHTEN_FLOPS = 1e12  # for tightening rows that already have witnesses, a layer
@@ -62,7 +63,8 @@ class Effort:
 
     Attributes:
         exact: decide what bounds and witnesses leave open.
-        decider: ``auto``, ``branch-and-bound``, ``input-split``, or a solver that only suggests (``milp``, ``scaling-up``, ``leo``).
+        decider: ``auto``, ``branch-and-bound``, ``lp``, ``input-split``, or a solver that only suggests (``milp``,
+            ``scaling-up``, ``leo``).
         time_limit: seconds for the exact stage.
         memory: bytes.
         device: torch device.
@@ -133,7 +135,7 @@ class Cascade:
         effort: how hard to try.
         progress: told what happens.
         run_tasks: executes branch-and-bound tasks; in this process by default.
-        suggest: a solver's suggestions for one layer, for the deciders that only suggest.
+        suggest: a solver's suggestions; asked first by the deciders that only suggest, late by ``auto``.
         data: witness candidates, (samples, *input_shape).
         on_stage: called after every stage, for checkpoints.
     """
@@ -151,6 +153,7 @@ class Cascade:
         self.proofs: list[_Fixed | _Linear | Tree] = []
         self.stages: list[StageTime] = []
         self.sharpened = False
+        self.adopted = 0  # so many of the proofs are from an earlier run's file
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
@@ -174,6 +177,7 @@ class Cascade:
               reasons: Sequence[Mapping[int, str]]) -> None:
         """Go on from what an interrupted run knew; its proofs are checked at the end like any other."""
         self.proofs.extend(_Fixed(record) for record in records)
+        self.adopted = len(self.proofs)
         self.search.try_points(points, Method.SAMPLE)
         for layer, (low, up) in enumerate(zip(lower, upper, strict=True)):
             if len(low):
@@ -332,8 +336,11 @@ class Cascade:
     def _exact(self) -> None:
         deadline = monotonic() + self.effort.time_limit
         decider = self.effort.decider
-        if self._open_count() and self.suggest is not None:
-            self._suggestions(deadline)
+        if decider == "lp":
+            self._phase_round(1, deadline, lp_after=0)
+            return
+        if decider != "auto" and self._open_count() and self.suggest is not None:
+            self._suggestions(deadline - monotonic())
         few = self.program.size(-1) <= FEW_INPUTS
         if few:
             self._ascend_harder()
@@ -342,11 +349,16 @@ class Cascade:
             self._input_split(monotonic() + share * self.effort.time_limit)
         if decider == "input-split":
             return
-        self._phase_round(NODE_ROUNDS[0], deadline)
-        if not few:
+        many = sum(len(self._questions(k)[0]) for k in range(self.program.layers)) > MANY_QUESTIONS
+        if many and not few:
             self._ascend_harder()
-        for nodes in NODE_ROUNDS[1:]:
-            self._phase_round(nodes, deadline)
+        self._phase_round(NODE_ROUNDS[0], deadline)
+        if not many and not few:
+            self._ascend_harder()
+        self._phase_round(NODE_ROUNDS[1], deadline)
+        if decider == "auto" and self.suggest is not None and self._open_count() and monotonic() < deadline:
+            self._suggestions(0.3 * (deadline - monotonic()))
+        self._phase_round(NODE_ROUNDS[2], deadline)
 
     def _ascend_harder(self) -> None:
         """More restarts for what is still open; where a proof is likely the first round of branch and bound has found it."""
@@ -362,7 +374,8 @@ class Cascade:
                 self.search.ascent(masks, rounds=3, first=1, time_limit=max(5.0, 0.1 * self.effort.time_limit))
 
     def _input_split(self, deadline: float) -> None:
-        questions = [Question(k, int(n), int(s)) for k in range(self.program.layers) for n, s in zip(*self._questions(k), strict=True)]
+        questions = [Question(k, int(n), int(s)) for k in range(self.program.layers)
+                     for n, s in zip(*self._questions(k), strict=True)]
         if not questions:
             return
         layer = np.array([q.layer for q in questions])
@@ -397,14 +410,14 @@ class Cascade:
         self._narrow(layer, np.array([neuron]), sign, np.zeros(1))
         self._settle_by_bounds(layer, method)
 
-    def _phase_round(self, nodes: int, deadline: float) -> None:
+    def _phase_round(self, nodes: int, deadline: float, lp_after: int = LP_AFTER) -> None:
         for layer in range(self.program.layers):
             neurons, signs = self._questions(layer)
             left = deadline - monotonic()
             if len(neurons) and left > 0:
                 name = self.network.nodes[self.network.relus[layer]].name
                 with self._stage(f"branch and bound {name}", f"{len(neurons)} questions, up to {nodes} nodes each"):
-                    self._phase_layer(layer, neurons, signs, nodes, left)
+                    self._phase_layer(layer, neurons, signs, nodes, left, lp_after)
             elif len(neurons):
                 self._give_reason(layer, neurons, "time limit before it was tried")
 
@@ -412,12 +425,13 @@ class Cascade:
         for i in neurons.tolist():
             self.layers[layer].reasons.setdefault(i, reason)
 
-    def _phase_layer(self, layer: int, neurons: np.ndarray, signs: np.ndarray, nodes: int, seconds: float) -> None:
+    def _phase_layer(self, layer: int, neurons: np.ndarray, signs: np.ndarray, nodes: int, seconds: float,
+                     lp_after: int) -> None:
         lower, upper = bounds_before(self.state, layer)
         setting = Setting(self.network, self.box, lower, upper, layer, self.effort.device, self.effort.memory)
         order = np.lexsort((signs, neurons))
         parts = [order[i : i + QUESTIONS_A_TASK] for i in range(0, len(order), QUESTIONS_A_TASK)]
-        tasks = [Task(neurons[p], signs[p], seconds, nodes) for p in parts]
+        tasks = [Task(neurons[p], signs[p], seconds, nodes, lp_after) for p in parts]
         self.progress.stage(f"branch and bound, layer {layer}", len(neurons))
         results: dict[int, TaskResult] = {}
         for i, result in self.run_tasks(setting, tasks):
@@ -436,14 +450,14 @@ class Cascade:
             elif decision.reason:
                 self.layers[layer].reasons[decision.neuron] = f"{decision.reason}; bound {decision.bound:.3g}"
 
-    def _suggestions(self, deadline: float) -> None:
+    def _suggestions(self, seconds: float) -> None:
         """A solver's word on every open neuron: witnesses are confirmed here, stable ones are left to be proved."""
         assert self.suggest is not None
         asked = {k: self._asked(k) for k in range(self.program.layers) if len(self._questions(k)[0])}
         lower, upper = bounds_before(self.state, self.program.layers)
         count = sum(len(positive) + len(negative) for positive, negative in asked.values())
-        with self._stage(self.effort.decider, f"{count} questions to the solver"):
-            for found in self.suggest(asked, lower, upper, deadline - monotonic()):
+        with self._stage("milp" if self.effort.decider == "auto" else self.effort.decider, f"{count} questions to the solver"):
+            for found in self.suggest(asked, lower, upper, seconds):
                 self._take_suggestions(found)
 
     def _asked(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -453,7 +467,8 @@ class Cascade:
     def _take_suggestions(self, found: LayerSuggestions) -> None:
         points = [p for s in found for p in (s.positive, s.negative) if p is not None]
         if points:
-            self.search.try_points(np.clip(np.array(points), self.box.lower, self.box.upper), _METHOD_OF[self.effort.decider])
+            inside = np.clip(np.array(points), self.box.lower, self.box.upper)
+            self.search.try_points(inside, _METHOD_OF.get(self.effort.decider, Method.MILP))
         for s in found:
             if s.status in (Status.INACTIVE, Status.ACTIVE):
                 self.layers[found.layer].reasons[s.neuron] = f"solver claims {s.status.word}"
@@ -471,4 +486,4 @@ def _serial(setting: Setting, tasks: Sequence[Task]) -> Iterator[tuple[int, Task
     end = monotonic() + max((t.seconds for t in tasks), default=0.0)
     for i, task in enumerate(tasks):
         left = max(0.01, end - monotonic())
-        yield i, run_task(setting, Task(task.neurons, task.signs, min(task.seconds, left), task.nodes))
+        yield i, run_task(setting, Task(task.neurons, task.signs, min(task.seconds, left), task.nodes, task.lp_after))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from exactprune import checker
+from exactprune.bounds.layerwise import crown_bounds
 from exactprune.bounds.witness import Witnesses
 from exactprune.claim import LayerVerdict, Method, Status
 from exactprune.deciders.cascade import BITS, Cascade
@@ -54,20 +55,20 @@ def certify(cascade: Cascade, versions: Mapping[str, str], cap: int) -> Certifie
         cap: most bytes of packed proofs; verdicts whose proofs do not fit become unknown.
     """
     draft = _Draft(cascade, versions, cap)
-    seconds, rejected = 0.0, 0
-    for attempt in range(len(BITS) + 1):
+    seconds, rejected, rounds = 0.0, 0, 0
+    while True:
         records = draft.records()
         report = checker.check(cascade.network, cascade.box.lower, cascade.box.upper, records, exact=True)
-        seconds += report.seconds
+        seconds, rounds = seconds + report.seconds, rounds + 1
         if report.error:
-            raise AssertionError(f"the checker cannot read our certificate: {report.error}")
-        if report.accepted:
+            rejected += draft.retreat(report.error)
+        elif report.accepted:
             break
-        last = attempt >= len(BITS) - 1
-        rejected += draft.repair(report.rejected, give_up=last)
+        else:
+            rejected += draft.repair(report.rejected, give_up=draft.attempts >= len(BITS) - 1)
     layers = draft.verdicts()
     accepted = sum(int((v.status != Status.UNKNOWN).sum()) for v in layers)
-    return Certified(layers, tuple(records), accepted, rejected, seconds, attempt + 1)
+    return Certified(layers, tuple(records), accepted, rejected, seconds, rounds)
 
 
 class _Draft:
@@ -84,6 +85,8 @@ class _Draft:
         self.edge: list[Record] = []
         self.bits = [0] * len(cascade.proofs)
         self.attempts = 0
+        self.readable = len(self.status)  # layers before this one may have proofs
+        self.tainted = cascade.adopted > 0  # bounds may rest on what the checker has not accepted
         self.cache: dict[tuple[int, int], Record] = {}
         self._claim_edges()
         self._cap(cap)
@@ -119,6 +122,7 @@ class _Draft:
     def _unknown(self, layer: int, neuron: int, reason: str) -> None:
         self.status[layer][neuron], self.method[layer][neuron] = Status.UNKNOWN, Method.NONE
         self.reasons[layer][neuron] = reason
+        self.tainted = True
 
     def _record(self, i: int) -> Record:
         key = (i, self.bits[i])
@@ -129,6 +133,8 @@ class _Draft:
     def records(self) -> list[Record]:
         """The whole certificate."""
         proofs = [self._record(i) for i in range(len(self.bits)) if self.bits[i] >= 0]
+        if self.readable < len(self.status):
+            proofs, self.edge = _only_before(proofs, self.readable), _only_before(self.edge, self.readable)
         claims = [claims_record(k, status) for k, status in enumerate(self.status)]
         return [self.header, *proofs, *self.edge, *witness_records(self.witnesses, self.status), *claims]
 
@@ -150,11 +156,25 @@ class _Draft:
                          for p, b in zip(self.cascade.proofs, self.bits, strict=True)]
         return given_up
 
+    def retreat(self, error: str) -> int:
+        """Leave out what the checker cannot read: an earlier run's proofs first, then the last layer; returns verdicts given up."""
+        if any(bits >= 0 for bits in self.bits[: self.cascade.adopted]):
+            self.bits[: self.cascade.adopted] = [-1] * self.cascade.adopted
+            return 0
+        if self.readable == 0:
+            raise AssertionError(f"the checker cannot read our certificate: {error}")
+        self.readable -= 1
+        settled = np.flatnonzero(self.status[self.readable] != Status.UNKNOWN).tolist()
+        for neuron in settled:
+            self._unknown(self.readable, neuron, f"the checker cannot compute with this layer: {error}")
+        return len(settled)
+
     def _sharper(self, layer: int, neuron: int) -> bool:
         found = False
         for i, proof in enumerate(self.cascade.proofs):
             mine = isinstance(proof, Tree) and (proof.layer, proof.neuron) == (layer, neuron)
-            listed = not isinstance(proof, Tree) and getattr(proof, "layer", None) == layer and neuron in getattr(proof, "neurons", ())
+            listed = not isinstance(proof, Tree) and getattr(proof, "layer", None) == layer and neuron in getattr(
+                proof, "neurons", ())
             if (mine or listed) and 0 <= self.bits[i] < len(BITS) - 1:
                 self.bits[i] += 1
                 found = True
@@ -164,8 +184,12 @@ class _Draft:
         self.bits = [min(b + 1, len(BITS) - 1) if b >= 0 else b for b in self.bits]
 
     def verdicts(self) -> tuple[LayerVerdict, ...]:
-        """The layers as they stand."""
+        """The layers as they stand. Bounds count only if nothing they rest on was given up."""
         found = []
+        if self.tainted:
+            program = self.cascade.program
+            fresh = crown_bounds(program, *program.box(self.box), memory=self.cascade.effort.memory)
+            self.bounds = [(b.lower[0].cpu().numpy(), b.upper[0].cpu().numpy()) for b in fresh]
         for k, relu in enumerate(self.network.relus):
             lower, upper = self.bounds[k]
             lower = np.where(self.status[k] == Status.ACTIVE, np.maximum(lower, 0.0), lower)
@@ -174,6 +198,18 @@ class _Draft:
             found.append(LayerVerdict(k, self.network.nodes[relu].name, self.network.shapes[relu], self.status[k],
                                       self.method[k], lower, upper, reasons))
         return tuple(found)
+
+
+def _only_before(records: Sequence[Record], layer: int) -> list[Record]:
+    """The records that are about layers before this one; claims on boxes one by one."""
+    found: list[Record] = []
+    for record in records:
+        claims: Any = record.get("claims")
+        if claims is not None:
+            found.append({**record, "claims": [claim for claim in claims if claim["layer"] < layer]})
+        elif int(record["layer"]) < layer:  # type: ignore[call-overload]
+            found.append(record)
+    return found
 
 
 def header(network: Network, box: Box, versions: Mapping[str, str]) -> Record:
@@ -185,9 +221,8 @@ def header(network: Network, box: Box, versions: Mapping[str, str]) -> Record:
 
 def witness_records(witnesses: Witnesses, status: Sequence[np.ndarray]) -> list[Record]:
     """Points, and which of them show which neuron unstable."""
-    found: list[Record] = []
-    for at in range(0, len(witnesses.points), POINTS_A_RECORD):
-        found.append({"record": "points", "values": pack(witnesses.points[at : at + POINTS_A_RECORD])})
+    parts = (witnesses.points[at : at + POINTS_A_RECORD] for at in range(0, len(witnesses.points), POINTS_A_RECORD))
+    found: list[Record] = [{"record": "points", "values": pack(part)} for part in parts]
     for k, states in enumerate(status):
         neurons = np.flatnonzero(states == Status.UNSTABLE)
         if len(neurons):

@@ -143,7 +143,8 @@ class InputSplit:
 
     # -- one round -----------------------------------------------------------------------------------------------------
 
-    def _round(self, lower: Tensor, upper: Tensor, wanted: Tensor, nodes: np.ndarray) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:
+    def _round(self, lower: Tensor, upper: Tensor, wanted: Tensor,
+               nodes: np.ndarray) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:
         """Bound the first boxes of the queue, and put what stays open, halved, at its end."""
         take = min(self.limits.batch, len(nodes))
         part_lower, part_upper, part_wanted, part = lower[:take], upper[:take], wanted[:take].clone(), nodes[:take]

@@ -27,6 +27,7 @@ from exactprune.domain import Box
 from exactprune.network import INPUT, Network
 
 QUESTIONS_A_TASK = 16
+LP_AFTER = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +60,14 @@ class Task:
         neurons, signs: int64 arrays of equal length.
         seconds: time limit of the task.
         nodes: branch-and-bound nodes a question may take.
+        lp_after: see ``branch_and_bound.Limits``.
     """
 
     neurons: np.ndarray
     signs: np.ndarray
     seconds: float
     nodes: int
+    lp_after: int = LP_AFTER
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +130,7 @@ def run_task(setting: Setting, task: Task) -> TaskResult:
     rows = initial_rows(program, setting.layer, neurons, signs, known)
     refuter = _Refuter(ready.forward, ready.errors, setting.layer)
     deadline = monotonic() + task.seconds
-    limits = Limits(deadline, nodes=task.nodes, batch=_batch(program, rows, setting.memory))
+    limits = Limits(deadline, nodes=task.nodes, lp_after=task.lp_after, batch=_batch(program, rows, setting.memory))
     search = BranchAndBound(program, known, rows, refuter, limits, _node_lp(setting, deadline))
     return TaskResult(tuple(search.run()), refuter.points())
 
@@ -157,8 +160,10 @@ class _Refuter:
         return np.array(list(self.found.values())).reshape(-1, self.forward.inputs)
 
 
-def _node_lp(setting: Setting, deadline: float) -> NodeLP:
-    """LP relaxations of nodes, on one warm LP that is built when first needed."""
+def _node_lp(setting: Setting, deadline: float) -> NodeLP | None:
+    """LP relaxations of nodes, on one warm LP that is built when first needed; None where bounds have overflowed."""
+    if not all(np.isfinite(bounds).all() for bounds in (*setting.lower[: setting.layer], *setting.upper[: setting.layer])):
+        return None
     built: list[LayerLP] = []
 
     def solve(neuron: int, sign: int, splits: Splits) -> Relaxed:
@@ -166,7 +171,8 @@ def _node_lp(setting: Setting, deadline: float) -> NodeLP:
         if left <= 0:
             return Relaxed(float("inf"), None, None)
         if not built:
-            built.append(LayerLP(setting.network, setting.box, setting.lower, setting.upper, setting.layer, options=HighsOptions()))
+            built.append(LayerLP(setting.network, setting.box, setting.lower, setting.upper, setting.layer,
+                                 options=HighsOptions()))
         phases = {(layer, index): phase > 0 for layer, index, phase in splits}
         found = built[0].bound(neuron, "upper" if sign > 0 else "lower", phases, time_limit=left)
         neurons: Mapping[int, np.ndarray] = {k: m.neurons for k, m in found.multipliers.items()}
