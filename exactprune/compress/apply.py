@@ -5,8 +5,8 @@ groups of a grouped convolution, entries of a scale, pads along the units' axis,
 keep their shapes because their group is pinned.
 
 A mixer (Affine, Conv2d) that has lost all its inputs is a constant, its bias. It becomes the bias of a linear map with
-zero weights on the network's input, narrowed to one value first, so that a network whose layer died is still a network
-with the same interface (and never a larger one).
+zero weights on one value of the network's input (the largest: a max pool needs no parameters), so that a network whose
+layer died is still a network with the same interface, and never a larger one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from exactprune.claim import LayerVerdict
 from exactprune.compress.plan import Plan
 from exactprune.network import INPUT, Network, Node, build
-from exactprune.ops import Affine, Conv2d, Op, Pad, ReLU, Reshape, Scale, Shape
+from exactprune.ops import Affine, Conv2d, MaxPool2d, Op, Pad, ReLU, Reshape, Scale, Shape
 
 Origin = tuple[int, np.ndarray]
 
@@ -181,14 +181,13 @@ class _Cutter:
         return Reshape(self._shape(position))
 
     def _constant(self, node: Node, position: int) -> int:
-        """A mixer without inputs: its bias, as a linear map with zero weights."""
-        dtype, shape = self.network.dtype, self._shape(position)
+        """A mixer without inputs: its bias, behind zero weights on one value of the network's input, the largest."""
+        dtype, shape, size = self.network.dtype, self._shape(position), prod(self.network.input_shape)
         bias = self._bias(position, node.op)  # type: ignore[arg-type]
-        flat = self._append(f"{node.name}.flat", Reshape((prod(self.network.input_shape),)), (INPUT,))
-        narrow = Affine(np.zeros((1, prod(self.network.input_shape)), dtype), np.zeros(1, dtype))
-        one = self._append(f"{node.name}.zero", narrow, (flat,))
+        row = self._append(f"{node.name}.row", Reshape((1, 1, size)), (INPUT,))
+        one = self._append(f"{node.name}.one", MaxPool2d((1, size), (1, size)), (row,))
         if isinstance(node.op, Affine):
-            return self._append(node.name, Affine(np.zeros((bias.size, 1), dtype), bias), (one,))
-        pixel = self._append(f"{node.name}.pixel", Reshape((1, 1, 1)), (one,))
-        plane = self._append(f"{node.name}.plane", Pad(((0, 0), (0, shape[1] - 1), (0, shape[2] - 1))), (pixel,))
+            flat = self._append(f"{node.name}.flat", Reshape((1,)), (one,))
+            return self._append(node.name, Affine(np.zeros((bias.size, 1), dtype), bias), (flat,))
+        plane = self._append(f"{node.name}.plane", Pad(((0, 0), (0, shape[1] - 1), (0, shape[2] - 1))), (one,))
         return self._append(node.name, Conv2d(np.zeros((bias.size, 1, 1, 1), dtype), bias), (plane,))
