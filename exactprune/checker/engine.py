@@ -225,7 +225,7 @@ class _Check:
 
     def _verdicts(self, record: dict[str, Any]) -> None:
         layer, *lists = records.fields(record, "layer", "inactive", "active", "unstable", "unknown")
-        layer = self._layer(layer)
+        layer = records.whole(layer, 0, len(self.sizes), "layer")
         if layer in self.judged:
             raise CheckError(f"verdicts: layer {layer} stands twice")
         self.judged.add(layer)
@@ -233,8 +233,10 @@ class _Check:
             records.indices(v, self.sizes[layer], f"verdicts: layer {layer}") for v in lists)
         if sorted(np.concatenate([inactive, active, unstable, unknown]).tolist()) != list(range(self.sizes[layer])):
             raise CheckError(f"verdicts: in layer {layer} not every neuron stands in exactly one list")
-        self._judge(layer, inactive, "inactive", "upper", self.bounds.upper[layer][inactive] <= 0)
-        self._judge(layer, active, "active", "lower", self.bounds.lower[layer][active] >= 0)
+        if len(inactive) or len(active):
+            self.bounds.reach(layer)  # not for unstable and unknown: they need no bounds, which may leave the range of float64
+            self._judge(layer, inactive, "inactive", "upper", self.bounds.upper[layer][inactive] <= 0)
+            self._judge(layer, active, "active", "lower", self.bounds.lower[layer][active] >= 0)
         seen = np.array([int(i) in self.unstable[layer] for i in unstable], bool)
         self._judge(layer, unstable, "unstable", "points", seen)
         self.report.counts["unknown"] += len(unknown)

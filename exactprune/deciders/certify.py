@@ -157,7 +157,7 @@ class _Draft:
         return given_up
 
     def retreat(self, error: str) -> int:
-        """Leave out what the checker cannot read: an earlier run's proofs first, then the last layer; returns verdicts given up."""
+        """Leave out what the checker cannot read: first an earlier run's proofs, then a layer; returns verdicts given up."""
         if any(bits >= 0 for bits in self.bits[: self.cascade.adopted]):
             self.bits[: self.cascade.adopted] = [-1] * self.cascade.adopted
             return 0
