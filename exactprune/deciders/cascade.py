@@ -304,7 +304,8 @@ class Cascade:
         lower, upper = before.lower[0].cpu().numpy(), before.upper[0].cpu().numpy()
         old = np.where(signs > 0, upper[neurons], -lower[neurons])
         later = layer + 1 < self.program.layers
-        useful = (bound <= 0) | (later & (bound < old - 0.005 * (upper - lower)[neurons]))
+        gain = 0.005 * np.nan_to_num(upper - lower, posinf=0.0)[neurons]
+        useful = (bound <= 0) | (later & (bound < old - gain))
         multipliers = self._multipliers(layer, solved.solution.multipliers)
         for sign in (1, -1):
             which = np.flatnonzero(useful & (signs == sign))
@@ -455,6 +456,9 @@ class Cascade:
         assert self.suggest is not None
         asked = {k: self._asked(k) for k in range(self.program.layers) if len(self._questions(k)[0])}
         lower, upper = bounds_before(self.state, self.program.layers)
+        finite = [bool(np.isfinite(low).all() and np.isfinite(up).all()) for low, up in zip(lower, upper, strict=True)]
+        for k in [k for k in asked if not all(finite[:k])]:  # no solver takes such a model
+            self._give_reason(k, np.concatenate(asked.pop(k)), "bounds of an earlier layer overflowed")
         count = sum(len(positive) + len(negative) for positive, negative in asked.values())
         with self._stage("milp" if self.effort.decider == "auto" else self.effort.decider, f"{count} questions to the solver"):
             for found in self.suggest(asked, lower, upper, seconds):
