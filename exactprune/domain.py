@@ -61,7 +61,7 @@ class Box:
     def contains(self, x: np.ndarray) -> np.ndarray:
         """Which points of a batch (batch, *shape) lie in the box, exactly: booleans of shape (batch,)."""
         axes = tuple(range(1, x.ndim))
-        return ((x >= self.lower) & (x <= self.upper)).all(axis=axes)
+        return np.asarray(((x >= self.lower) & (x <= self.upper)).all(axis=axes))
 
     def reshaped(self, shape: Shape) -> Box:
         """The same box for inputs of another shape with as many values.

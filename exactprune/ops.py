@@ -193,9 +193,9 @@ class Conv2d(Op):
         (x,) = inputs
         view = _windows(_padded(x, self.padding, 0.0), self.kernel, self.stride, self.dilation)
         batch, _, height, width = view.shape[:4]
-        outputs, inputs = self.weight.shape[:2]
+        outputs, channels = self.weight.shape[:2]
         size = prod(self.weight.shape[1:])
-        columns = view.reshape(batch, self.groups, inputs, height, width, *self.kernel)
+        columns = view.reshape(batch, self.groups, channels, height, width, *self.kernel)
         columns = columns.transpose(0, 3, 4, 1, 2, 5, 6).reshape(batch * height * width, self.groups, size)
         weight = self.weight.astype(x.dtype, copy=False).reshape(self.groups, outputs // self.groups, size)
         out = np.matmul(columns.transpose(1, 0, 2), weight.transpose(0, 2, 1))
