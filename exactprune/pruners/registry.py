@@ -22,6 +22,8 @@ BUILT_IN = {
     "random": "random:Random", "magnitude": "magnitude:Magnitude",
     "snip": "snip:Snip", "grasp": "grasp:Grasp", "synflow": "synflow:SynFlow",
     "obd": "obd:Obd", "obs": "obs:Obs", "woodfisher": "woodfisher:WoodFisher",
+    "mlprune": "mlprune:MLPrune", "cbs": "cbs:Cbs", "obc": "obc:Obc", "sparsegpt": "sparsegpt:SparseGpt",
+    "wanda": "wanda:Wanda",
 }
 _REGISTERED: dict[str, type[Pruner[Any]]] = {}
 

@@ -1,0 +1,209 @@
+"""CBS, the combinatorial brain surgeon: choose the set that goes as a set, then move the rest jointly.
+
+X. Yu, T. Serra, S. Ramalingam, S. Zhe, "The combinatorial brain surgeon: pruning weights that cancel one another in neural
+networks", ICML 2022. With F = (1/N) sum_n g_n g_n^T, selection (CBS-S) looks for the set P of k weights with the
+least w_P^T F_PP w_P, so that weights whose removals cancel go together; the update (CBS-U) is the joint OBS solution
+
+    delta = -(F^-1)_:P [(F^-1)_PP]^-1 w_P,   F damped.
+
+Selection is the paper's local search (Algorithm 1) from the magnitude solution. For i in P, alpha_i = 2 w_i (F w_P)_i - w_i^2
+F_ii is what putting i back saves; for j outside, beta_j = 2 w_j (F w_P)_j + w_j^2 F_jj is what removing j costs; swapping
+i and j changes the objective by beta_j - alpha_i - 2 w_i w_j F_ij. Each pass sorts P by alpha (descending) and the others
+by beta less their interaction with the first of P (ascending), tries the first pair, then for the i-th of P the first
+admissible j within ``window`` places of i, counting in the swaps already made in this pass; it ends after more than
+``misses`` of P found no partner. Passes go on until the first pair improves by less than ``threshold``.
+
+Choices left open: threshold 1e-4, window 100, misses 20, as in the authors' code. There the candidates outside P are at
+first only the *positive* weights that stay (a comparison without absolute value); here all of them are, unless
+``positive_only`` asks for the authors' behaviour. The inverse in the update is WoodFisher's, per layer (``block``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from exactprune.errors import OptionError
+from exactprune.pruners.problem import Problem
+from exactprune.pruners.protocol import Plan, Pruner, no_score, require
+from exactprune.pruners.selection import count, flatten, smallest, unflatten
+from exactprune.pruners.taps import all_factors
+from exactprune.pruners.woodfisher import WoodFisherOptions, update
+
+MAX_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class CbsOptions:
+    """Options of ``cbs``.
+
+    Attributes:
+        threshold: smallest improvement of the objective that a swap must make.
+        window: how far from its place a partner is looked for.
+        misses: weights without a partner that end a pass.
+        passes: at most this many.
+        samples: gradients to use, from the start of the data; 0 for all.
+        update: joint, single or none.
+        damping: of the Fisher matrix in the update.
+        block: see ``woodfisher``.
+        positive_only: candidates as in the authors' code.
+    """
+
+    threshold: float = 1e-4
+    window: int = 100
+    misses: int = 20
+    passes: int = 100
+    samples: int = 0
+    update: Literal["joint", "single", "none"] = "joint"
+    damping: float = 1e-5
+    block: int = 0
+    positive_only: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.threshold > 0, "threshold", self.threshold, "a number > 0")
+        require(self.window >= 1, "window", self.window, "a whole number >= 1")
+        require(self.misses >= 0, "misses", self.misses, "a whole number >= 0")
+        require(self.passes >= 0, "passes", self.passes, "a whole number >= 0")
+        self.fisher  # noqa: B018 (checks the rest)
+
+    @property
+    def fisher(self) -> WoodFisherOptions:
+        """The options of the update."""
+        return WoodFisherOptions(damping=self.damping, block=self.block, update=self.update, samples=self.samples)
+
+
+class Cbs(Pruner[CbsOptions]):
+    """Combinatorial selection and joint update."""
+
+    name: ClassVar[str] = "cbs"
+    reference: ClassVar[str] = "Yu et al. 2022, Alg. 1"
+    Options = CbsOptions
+
+    def score(self, problem: Problem) -> dict[str, Tensor]:
+        """There is none: what a weight costs depends on what goes with it."""
+        raise no_score(self.name)
+
+    def plan(self, problem: Problem, sparsity: float) -> Plan:
+        """Local search for the set, then the update."""
+        weights = flatten(problem.weights.values())
+        search = self.search(problem, count(sparsity, problem.size))
+        keep = torch.ones_like(weights, dtype=torch.bool).index_fill(0, search.pruned, False)
+        masks = unflatten(keep, problem.shapes)
+        delta = flatten(update(problem, masks, self.options.fisher).values())
+        note = f"objective {search.objectives[0]:.6g} -> {search.objectives[-1]:.6g} in {len(search.objectives) - 1} passes"
+        return Plan(masks, unflatten((weights + delta) * keep, problem.shapes), notes=(note,))
+
+    def search(self, problem: Problem, number: int) -> Search:
+        """The local search, finished."""
+        search = Search.start(flatten(problem.weights.values()), sample_gradients(problem, self.options.samples), number,
+                              self.options.positive_only)
+        for _ in range(self.options.passes):
+            if not search.sweep(self.options):
+                break
+        return search
+
+
+def sample_gradients(problem: Problem, samples: int = 0) -> Tensor:
+    """Per-sample gradients of all prunable weights, shape (N, n).
+
+    Raises:
+        OptionError: they do not fit in memory.
+    """
+    x, y = problem.data
+    used = min(samples or len(x), len(x))
+    if 8 * used * problem.size > MAX_BYTES:
+        raise OptionError(f"cbs keeps {used:,} gradients of {problem.size:,} weights ({8 * used * problem.size / 2**30:.1f} "
+                          f"GiB, the limit is {MAX_BYTES / 2**30:g}); give samples "
+                          f"{max(1, MAX_BYTES // (8 * problem.size))} or less")
+    factors, = all_factors(replace(problem, x=x[:used], y=y[:used]))
+    return torch.cat([f.columns(0, f.size) for f in factors.values()], 1)
+
+
+@dataclass
+class Search:
+    """The local search's state.
+
+    Attributes:
+        weights: w, shape (n,).
+        scaled: column q is w_q g_q / sqrt(N), shape (N, n), so w_i F_ij w_j is a product of two columns.
+        pruned: the set P.
+        kept: candidates outside P.
+        objectives: w_P^T F w_P at the start and after every pass.
+    """
+
+    weights: Tensor
+    scaled: Tensor
+    pruned: Tensor
+    kept: Tensor
+    objectives: list[float] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, weights: Tensor, gradients: Tensor, number: int, positive_only: bool = False) -> Search:
+        """From the ``number`` weights of least magnitude."""
+        pruned = smallest(weights.abs(), number)
+        out = torch.ones_like(weights, dtype=torch.bool).index_fill(0, pruned, False)
+        kept = (out & (weights > 0) if positive_only else out).nonzero().flatten()
+        search = cls(weights, gradients * (weights / len(gradients) ** 0.5), pruned.sort().values, kept)
+        search.objectives.append(search.objective())
+        return search
+
+    def objective(self) -> float:
+        """w_P^T F w_P."""
+        return float(self._sum(self.pruned).square().sum())
+
+    def _sum(self, subset: Tensor) -> Tensor:
+        return self.scaled[:, subset].sum(1)
+
+    def sweep(self, options: CbsOptions) -> bool:
+        """One pass of swaps; False where the first pair does not improve enough."""
+        if not len(self.pruned) or not len(self.kept):
+            return False
+        total, norms = self._sum(self.pruned), self.scaled.square().sum(0)
+        reach = 2 * (self.scaled.T @ total)
+        alpha = (reach - norms)[self.pruned]
+        order = alpha.argsort(descending=True, stable=True)
+        self.pruned, alpha = self.pruned[order], alpha[order]
+        beta = (reach + norms)[self.kept]
+        order = (beta - 2 * (self.scaled[:, self.kept].T @ self.scaled[:, self.pruned[0]])).argsort(stable=True)
+        self.kept, beta = self.kept[order], beta[order]
+        pairs = self._pairs(alpha, beta, options)
+        if not pairs:
+            return False
+        i, j = (torch.tensor(side, device=self.pruned.device) for side in zip(*pairs))
+        self.pruned[i], self.kept[j] = self.kept[j], self.pruned[i]
+        self.objectives.append(self.objective())
+        return True
+
+    def _pairs(self, alpha: Tensor, beta: Tensor, options: CbsOptions) -> list[tuple[int, int]]:
+        """Places in P and outside that swap in this pass."""
+        drift, free = torch.zeros_like(self.scaled[:, 0]), torch.ones_like(self.kept, dtype=torch.bool)
+        pairs: list[tuple[int, int]] = []
+        missed = 0
+        for i in range(len(self.pruned)):
+            if missed > options.misses:
+                break
+            low, high = (0, 1) if i == 0 else (max(1, i - options.window), min(len(self.kept), i + options.window))
+            j = self._partner(i, low, high, alpha[i], beta, drift, free, options.threshold)
+            if j is None:
+                if i == 0:
+                    break
+                missed += 1
+                continue
+            pairs.append((i, j))
+            free[j] = False
+            drift += self.scaled[:, self.kept[j]] - self.scaled[:, self.pruned[i]]
+        return pairs
+
+    def _partner(self, i: int, low: int, high: int, alpha: Tensor, beta: Tensor, drift: Tensor, free: Tensor,
+                 threshold: float) -> int | None:
+        """First place in low ... high - 1 whose swap with i improves by ``threshold``."""
+        if low >= high:
+            return None
+        own, columns = self.scaled[:, self.pruned[i]], self.scaled[:, self.kept[low:high]]
+        saved = alpha + 2 * (own @ drift)
+        cost = beta[low:high] + 2 * (columns.T @ (drift - own))
+        found = ((saved - cost >= threshold) & free[low:high]).nonzero()
+        return low + int(found[0]) if len(found) else None
