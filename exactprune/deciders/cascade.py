@@ -344,7 +344,7 @@ class Cascade:
             self._suggestions(deadline - monotonic())
         few = self.program.size(-1) <= FEW_INPUTS
         if few:
-            self._ascend_harder()
+            self._ascend_harder(5.0)
         if self._open_count() and (decider == "input-split" or (decider == "auto" and few)):
             share = 1.0 if decider == "input-split" else 0.6
             self._input_split(monotonic() + share * self.effort.time_limit)
@@ -361,7 +361,7 @@ class Cascade:
             self._suggestions(0.3 * (deadline - monotonic()))
         self._phase_round(NODE_ROUNDS[2], deadline)
 
-    def _ascend_harder(self) -> None:
+    def _ascend_harder(self, at_most: float = 60.0) -> None:
         """More restarts for what is still open; where a proof is likely the first round of branch and bound has found it."""
         masks = []
         for layer in range(self.program.layers):
@@ -372,7 +372,7 @@ class Cascade:
             masks.append((positive, negative))
         if any(mask.any() for pair in masks for mask in pair):
             with self._stage("ascent", "more restarts"):
-                self.search.ascent(masks, rounds=3, first=1, time_limit=max(5.0, 0.1 * self.effort.time_limit))
+                self.search.ascent(masks, rounds=3, first=1, time_limit=min(at_most, 0.1 * self.effort.time_limit))
 
     def _input_split(self, deadline: float) -> None:
         questions = [Question(k, int(n), int(s)) for k in range(self.program.layers)
