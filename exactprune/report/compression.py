@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from exactprune.io.atomic import write_bytes
@@ -87,7 +88,7 @@ def compress_words(summary: Mapping[str, Any], folder: str) -> list[str]:
     if summary["dead_inputs"]:
         lines.append(f"Inputs that nothing reads: {summary['dead_inputs']:,}; they stay, so that the interface does.")
     return [*lines, f"Smaller model: {summary['out']['path']}", f"Run folder:    {folder}",
-            f"Check it:      exactprune check {summary['model']['path']} {folder}"]
+            f"Check it:      exactprune check {quote(summary['model']['path'])} {quote(folder)}"]
 
 
 def _without_kind(words: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from shlex import quote
 from typing import Any
 
 from rich import box
@@ -97,7 +98,7 @@ def verify_words(summary: Mapping[str, Any], folder: str | None) -> list[str]:
         lines.append(f"Run folder: {folder} ({summary['certificate']['records']:,} certificate records, "
                      f"{size_words(summary['certificate']['bytes'])})")
         if summary["model"]["path"]:
-            lines.append(f"Check it:   exactprune check {summary['model']['path']} {folder}")
+            lines.append(f"Check it:   exactprune check {quote(summary['model']['path'])} {quote(folder)}")
     return lines
 
 

@@ -201,3 +201,18 @@ def test_a_reader_that_leaves_early_is_no_error(here, model):
     done = subprocess.run(command, cwd=here, stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(("layers", "neurons"), [
+    ([nn.Linear(4, 3)], 0), ([nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)], 3),
+    ([*(part for _ in range(8) for part in (nn.Linear(4, 4), nn.ReLU())), nn.Linear(4, 2)], 32)])
+def test_networks_without_neurons_with_dead_layers_and_with_many_layers(here, cli, layers, neurons):
+    with torch.no_grad():
+        layers[0].bias.fill_(-50)
+    torch.save(nn.Sequential(*layers).eval(), here / "a b.pt")
+    code, out, err = cli("compress", "a b.pt", "-o", "small.onnx")
+    assert (code, err) == (0, "") and "Claim (" in out
+    assert "exactprune check 'a b.pt' 'a b.exactprune'" in out
+    summary = strict((here / "a b.exactprune" / "compression.json").read_text())
+    assert summary["sizes"]["neurons"] == {"before": neurons, "after": 0}
+    assert cli("check", "a b.pt", "a b.exactprune", "--quiet")[0] == 0
