@@ -202,7 +202,7 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **dict.fromkeys(THREADS, "1")})
     torch.set_num_threads(1)
     settings = {"limit": given.limit, "each": given.each, "threads": 1, "highs": version(), "torch": torch.__version__,
-                "python": platform.python_version(), "machine": platform.machine()}
+                "python": platform.python_version(), "machine": platform.machine(), "load": os.getloadavg()[0]}
     wanted = [c for c in cases() if not given.only or c.name in given.only.split(",")]
     rivals.known(*cases()[0].load())  # warm up: imports and first-use costs are nobody's
     rows: list[dict] = []

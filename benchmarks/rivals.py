@@ -233,7 +233,10 @@ def leo_published(network: Network, box: Box, limit: float, each: float) -> Resu
 
 def leo_given(network: Network, box: Box, given: Known, limit: float, each: float) -> Result:
     """(c): up to two MILPs for each neuron that our bounds and witnesses leave open."""
-    return _per_neuron(network, box, given.lower, given.upper, given.open, given, each, limit)
+    count = sum(map(len, given.open.values()))
+    return _per_neuron(
+        network, box, given.lower, given.upper, given.open, given, max(each, limit / max(1, 2 * count)), limit
+    )
 
 
 def _per_neuron(network: Network, box: Box, lower: Sequence[np.ndarray], upper: Sequence[np.ndarray], neurons: Neurons,

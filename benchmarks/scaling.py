@@ -1,14 +1,15 @@
 """What more workers would buy: recorded task times of one run, replayed on W simulated workers.
 
-    python benchmarks/scaling.py shared.onnx --vnnlib box.vnnlib --limit 120 --output reports/decide/scaling.json
+    python benchmarks/scaling.py model.onnx --vnnlib box.vnnlib --limit 120 --output reports/decide/scaling.json
 
 The exact stage of the cascade comes in batches: the tasks of one layer and round, all known at once, none of which sees
-another's result; the next batch needs them all. The run is made once, serially; what is recorded is each batch's
-payload, each task's seconds, and the seconds spent outside tasks. The simulation hands the tasks of a batch out in
-order, each to the worker that is free first (list scheduling, as every executor here does; Graham 1969: at most 2 -
-1/W times the optimum), adds a cost per task for the scheduler and one payload transfer per worker and batch over a
-shared link, and keeps what is outside tasks serial (Amdahl). So it shows the speed-up and what limits it: serial
-part, longest task of each batch, too few tasks, payloads, or the scheduler.
+another's result; the next batch needs them all. (Give a limit that tasks do not hit: here it is each task's own.) The
+run is made once, serially; what is recorded is each batch's payload, each task's seconds, and the seconds spent
+outside tasks. The simulation hands the tasks of a batch out in order, each to the worker that is free first (list
+scheduling, as every executor here does; Graham 1969: at most 2 - 1/W times the optimum), adds a cost per task for the
+scheduler and one payload transfer per worker and batch over a shared link, and keeps what is outside tasks serial
+(Amdahl). So it shows the speed-up and what limits it: serial part, longest task of each batch, too few tasks,
+payloads, or the scheduler.
 """
 
 from __future__ import annotations
