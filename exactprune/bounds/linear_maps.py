@@ -49,6 +49,8 @@ class LinearMap(ABC):
 
     def rows(self, indices: Tensor) -> Tensor:
         """Rows ``indices`` of M, exactly: shape (len(indices), size_in)."""
+        if not len(indices):
+            return torch.zeros(0, self.size_in, dtype=torch.float64, device=indices.device)
         unit = torch.zeros(len(indices), self.size_out, dtype=torch.float64, device=indices.device)
         unit[torch.arange(len(indices), device=indices.device), indices] = 1.0
         return self.transposed(unit)
