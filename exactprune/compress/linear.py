@@ -88,7 +88,7 @@ def shrink_linear(state: State, domain: Box, budget: float) -> tuple[State, list
     offers = [_offers(state, domain, layer, budget) for layer in range(len(state.verdicts))]
     for attempt in range(6):
         allowed = budget * 0.97**attempt
-        after, applied = _carry_out(state, domain, choose(offers, allowed), allowed)
+        after, applied = _carry_out(state, domain, choose(offers, allowed), allowed, offers)
         total = sum((a.deviation for a in applied), np.zeros(state.network.output_shape))
         if float(np.max(total, initial=0.0)) <= budget:
             return after, applied
@@ -114,7 +114,8 @@ def _pareto(items: list[tuple[int, float, tuple[Candidate, ...]]]) -> list[tuple
     return kept
 
 
-def _carry_out(state: State, domain: Box, chosen: Sequence[Candidate], budget: float) -> tuple[State, list[Applied]]:
+def _carry_out(state: State, domain: Box, chosen: Sequence[Candidate], budget: float,
+               offers: Sequence[Sequence[Candidate]]) -> tuple[State, list[Applied]]:
     """Carry candidates out from the last layer to the first.
 
     Each is chosen afresh for the network as it is by then (fewer units may do once the layers after are narrower),
@@ -124,7 +125,8 @@ def _carry_out(state: State, domain: Box, chosen: Sequence[Candidate], budget: f
     order = sorted(chosen, key=lambda c: -c.layer)
     for index, wanted in enumerate(order):
         spent = sum(a.eps for a in applied) + sum(c.eps for c in order[index + 1:])
-        best = _best(_offers(state, domain, wanted.layer, budget - spent))
+        fresh = _offers(state, domain, wanted.layer, budget - spent) if applied else offers[wanted.layer]
+        best = _best([c for c in fresh if c.eps <= budget - spent])
         where = surroundings(state.network, state.network.relus[wanted.layer])
         if best is None or where is None:
             continue

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from exactprune.compress.deviation import evaluate_with_error
 from exactprune.compress.levels import Level, measured
 from exactprune.domain import Box
 from exactprune.errors import ShapeError
@@ -140,3 +141,61 @@ def _seconds(run: Run, x: np.ndarray) -> float:
 def weight_bytes(network: Network) -> int:
     """Bytes of the stored arrays."""
     return sum(array.nbytes for node in network.nodes for _, array in node.op.arrays())
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The largest deviation that a search found: a lower bound of the true one, next to a certified upper bound.
+
+    Attributes:
+        deviation: abs(f - g) in float64 at ``point``, less what float64 may be off there.
+        point: an input in the box, float64.
+    """
+
+    deviation: float
+    point: np.ndarray
+
+
+def search_deviation(f: Network, g: Network, domain: Box, *, starts: int = 32, rounds: int = 12,
+                     seed: int = 0) -> Found:
+    """Look for an input of the box where f and g differ most: random starts, then steps to where the gradient points.
+
+    Args:
+        f, g: networks with one interface.
+        domain: the box.
+        starts: random points and corners to start from.
+        rounds: steps; each goes towards the corner that the gradient of abs(f - g) points to, by halves.
+        seed: of the starts.
+    """
+    import torch
+
+    from exactprune.compress.differentiable import compile_network, output_of
+
+    rng = np.random.default_rng(seed)
+    programs = [compile_network(network) for network in (f, g)]
+    lower, upper = programs[0].box(domain)
+    best = np.concatenate([domain.sample(starts, rng), domain.corners(starts, rng)]).reshape(2 * starts, -1)
+    step = 1.0
+    for _ in range(rounds):
+        points = torch.tensor(best, requires_grad=True)
+        (slope,) = torch.autograd.grad(_gap(output_of, programs, points).sum(), points)
+        corner = torch.where(slope > 0, upper, torch.where(slope < 0, lower, points)).detach()
+        moved = (points.detach() + step * (corner - points.detach())).clamp(min=lower, max=upper)
+        both = torch.stack([points.detach(), moved])
+        gaps = torch.stack([_gap(output_of, programs, x) for x in both])
+        better = gaps[1] > gaps[0]
+        best = torch.where(better[:, None], moved, points.detach()).numpy()
+        step = step if bool(better.any()) else step / 2
+    return _certain(f, g, best.reshape(-1, *domain.shape))
+
+
+def _gap(output_of: Any, programs: Any, points: Any) -> Any:
+    first, second = (output_of(program, points) for program in programs)
+    return (first - second).abs().amax(dim=1)
+
+
+def _certain(f: Network, g: Network, points: np.ndarray) -> Found:
+    (a, wrong_a), (b, wrong_b) = evaluate_with_error(f, points), evaluate_with_error(g, points)
+    gaps = (np.abs(a - b) - wrong_a - wrong_b).reshape(len(points), -1).max(axis=1, initial=0.0)
+    winner = int(np.nan_to_num(gaps, nan=0.0).argmax())
+    return Found(max(0.0, float(gaps[winner])), points[winner])

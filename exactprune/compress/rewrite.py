@@ -26,6 +26,7 @@ from exactprune.domain import Box
 from exactprune.errors import DomainError, OptionError
 from exactprune.network import Network
 
+_WORTH_ANOTHER = 0.2  # share of the budget that has to be left for another round
 _TWINS = 0.25  # share of the budget that proportional neurons may use
 
 
@@ -149,7 +150,7 @@ def _twins(state: State, domain: Box, budget: float) -> tuple[State, list[Remova
 
 
 def _spend(state: State, domain: Box, budget: float) -> tuple[State, list[Removal], list[Step]]:
-    """Certified rewrites, then exact ones, until the network does not get smaller any more."""
+    """Certified rewrites, then exact ones, until nothing gets smaller or little of the budget is left."""
     removals: list[Removal] = []
     steps: list[Step] = []
     left = budget
@@ -163,6 +164,8 @@ def _spend(state: State, domain: Box, budget: float) -> tuple[State, list[Remova
             left = math.nextafter(left - steps[-1].level.eps, -math.inf)
         state, more, further = shrink(after)
         removals, steps = removals + more, steps + further
+        if left < _WORTH_ANOTHER * budget:
+            return state, removals, steps
 
 
 def _merged_removals(state: State, found: Applied) -> list[Removal]:
