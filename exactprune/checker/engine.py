@@ -74,16 +74,23 @@ def check(given: Any, lower: Array, upper: Array, lines: Iterable[dict[str, Any]
         lines: the records in order, as parsed JSON.
         exact: kept for callers; every decision is made in exact integer arithmetic either way.
     """
+    return proved(given, lower, upper, lines)[0]
+
+
+def proved(given: Any, lower: Array, upper: Array, lines: Iterable[dict[str, Any]]) -> tuple[Report, Bounds | None]:
+    """As ``check``, with the bounds that the certificate proves (None where it is rejected as a whole)."""
     started = time.perf_counter()
-    report = Report()
+    report, bounds = Report(), None
     try:
-        _Check(network.of(given), lower, upper, report).run(lines)
+        checking = _Check(network.of(given), lower, upper, report)
+        checking.run(lines)
+        bounds = checking.bounds
     except CheckError as error:
         report.error = str(error)
     except Exception as error:  # nothing unforeseen may pass for an acceptance
         report.error = f"cannot be checked: {type(error).__name__}: {error}"
     report.seconds = time.perf_counter() - started
-    return report
+    return report, bounds
 
 
 class _Check:

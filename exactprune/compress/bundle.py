@@ -1,0 +1,183 @@
+"""The certificate bundle of a compression: hints for the independent checker, and what it accepts of the claim.
+
+The compressor knows for every unit of the smaller network g which unit of the original f it is, or that it is a new
+linear one (``Rewrite.origin``), and which units of f it took for multiples of others (the steps of rule ``duplicate``).
+That is all the checker is told (``checker.difference``, docs/bundle.md): it computes the deviation itself. So the
+level that a bundle carries never rests on the compressor's arithmetic. Where the checker cannot confirm it, the claim
+is lowered to what the checker computes, and where there is no proof at all there is no bundle and no claim.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from exactprune.checker import records as reading
+from exactprune.checker.bundle import FORMAT, BundleReport, check_records
+from exactprune.claim import LayerVerdict, Status
+from exactprune.compress.levels import Kind, Level, certified
+from exactprune.compress.rewrite import Rewrite
+from exactprune.compress.units import units_of
+from exactprune.deciders.proofs import crown_record, pack, pack_integers
+from exactprune.domain import Box
+from exactprune.network import Network
+from exactprune.ops import MaxPool2d
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """A claim about f and g that the checker has judged.
+
+    Attributes:
+        level: what the checker accepts; None where it has no proof at all.
+        claimed: the compressor's own claim.
+        records: of the bundle, header first; they make the claim ``level``.
+        report: the checker's last word.
+    """
+
+    level: Level | None
+    claimed: Level
+    records: tuple[Record, ...]
+    report: BundleReport
+
+    @property
+    def data(self) -> bytes:
+        """The file's content: gzip of JSON lines without name and time, so that equal bundles are equal files."""
+        buffer = io.BytesIO()
+        with gzip.GzipFile(filename="", mode="wb", fileobj=buffer, mtime=0) as file:
+            for record in self.records:
+                file.write(json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n")
+        return buffer.getvalue()
+
+    @property
+    def words(self) -> str:
+        """What the checker made of the claim, in one sentence."""
+        if self.level is None:
+            return f"the independent checker does not accept {self.claimed}: {self.report.error}"
+        found = f"the independent checker proves abs(f - g) <= {self.report.deviation:.3g} from the files alone"
+        return found if self.level == self.claimed else f"{found}; claimed were {self.claimed}, so the claim is lowered"
+
+
+def bundle(network: Network, domain: Box, rewrite: Rewrite, certificate: Sequence[Mapping[str, Any]],
+           verdicts: Sequence[LayerVerdict] = ()) -> Bundle:
+    """Write a bundle, have it checked, and lower the claim to what is accepted.
+
+    Args:
+        network: the original.
+        domain: the box.
+        rewrite: what the compressor made of it.
+        certificate: records of the original's verdicts, header first.
+        verdicts: of the original; with them, bounds are tightened where the claim needs it.
+    """
+    hints, proof = list(_hints(network, rewrite)), list(restricted(certificate))
+    found = _checked(network, domain, rewrite, hints, proof, rewrite.level)
+    if not found.report.accepted and verdicts:
+        tighter = [*proof, *_tightening(verdicts)]
+        again = _checked(network, domain, rewrite, hints, tighter, rewrite.level)
+        better = again.report.accepted or again.report.deviation < found.report.deviation
+        found, proof = (again, tighter) if better else (found, proof)
+    deviation = found.report.deviation
+    if found.report.accepted or not np.isfinite(deviation):
+        return found
+    return _checked(network, domain, rewrite, hints, proof, certified(float(np.nextafter(deviation * 1.001, np.inf))),
+                    rewrite.level)
+
+
+def _checked(network: Network, domain: Box, rewrite: Rewrite, hints: Sequence[Record], proof: Sequence[Record],
+             level: Level, claimed: Level | None = None) -> Bundle:
+    steps = [{"record": "rewrite", **step} for step in rewrite.rewrites]
+    tool = dict(proof[0].get("tool", {})) if proof else {}
+    records = (_header(network, domain, rewrite, level, tool), _domain(domain), *steps, *hints, *proof)
+    report = check_records(network, rewrite.network, iter(records))
+    return Bundle(level if report.accepted else None, claimed or level, records, report)
+
+
+def _header(network: Network, domain: Box, rewrite: Rewrite, level: Level, tool: Record) -> Record:
+    kind = "exact" if level.kind is Kind.EXACT else "certified"
+    return {"record": "bundle", "format": FORMAT, "original": network.sha256, "compressed": rewrite.network.sha256,
+            "domain": domain.sha256, "dtype": network.dtype.name, "level": kind, "eps": level.eps,
+            "allowed": rewrite.budget, "tool": tool}
+
+
+def _domain(domain: Box) -> Record:
+    return {"record": "domain", "lower": pack(domain.lower), "upper": pack(domain.upper)}
+
+
+# -- the original's certificate ----------------------------------------------------------------------------------------
+
+
+def restricted(certificate: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
+    """The records that stable verdicts need: no points, and *unstable* neurons claimed as nothing."""
+    for record in certificate:
+        if record["record"] == "verdicts":
+            yield {**record, "unstable": [], "unknown": _both(record)}
+        elif record["record"] not in ("points", "unstable"):
+            yield dict(record)
+
+
+def _both(record: Mapping[str, Any]) -> Record:
+    lists = [reading.integers(record[word], 0, 2**62, word) for word in ("unstable", "unknown")]
+    return pack_integers(np.sort(np.concatenate(lists)))
+
+
+def _tightening(verdicts: Sequence[LayerVerdict]) -> Iterator[Record]:
+    """CROWN on both sides for everything that is not inactive, behind the first layer (interval bounds are exact there)."""
+    for verdict in verdicts[1:]:
+        neurons = np.flatnonzero(verdict.status != Status.INACTIVE)
+        if neurons.size:
+            yield crown_record(verdict.layer, neurons)
+
+
+# -- hints -------------------------------------------------------------------------------------------------------------
+
+
+def _hints(network: Network, rewrite: Rewrite) -> Iterator[Record]:
+    axes = units_of(network).axis
+    yield from _duplicates(network, rewrite, axes)
+    found = _relus(network, rewrite, axes) | _pools(network, rewrite)
+    yield from (found[position] for position in sorted(found))
+
+
+def _duplicates(network: Network, rewrite: Rewrite, axes: Mapping[int, int]) -> Iterator[Record]:
+    pairs: dict[int, list[Any]] = {}
+    for step in rewrite.steps:
+        if step.rule == "duplicate":
+            pairs.setdefault(int(step.data["layer"]), []).extend(step.data["kept_gone_ratio"])  # type: ignore[call-overload,arg-type]
+    for layer, found in sorted(pairs.items()):
+        kept, gone, ratios = (np.array(column) for column in zip(*found, strict=True))
+        position = network.relus[layer]
+        yield {"record": "duplicate", "of": position, "axis": axes[position], "gone": pack_integers(gone),
+               "kept": pack_integers(kept), "ratios": pack(ratios.astype(np.float64))}
+
+
+def _relus(network: Network, rewrite: Rewrite, axes: Mapping[int, int]) -> dict[int, Record]:
+    return {position: _relation(position, network.relus[layer], axes[network.relus[layer]], units)
+            for position, (layer, units) in zip(rewrite.network.relus, rewrite.origin, strict=True)}
+
+
+def _relation(position: int, of: int, axis: int, units: np.ndarray) -> Record:
+    return {"record": "relation", "node": position, "of": of, "axis": axis, "units": pack_integers(units),
+            "ratios": None}
+
+
+def _pools(network: Network, rewrite: Rewrite) -> dict[int, Record]:
+    """Max pools keep the name of the node they were; their channels are those of the ReLU that they are coupled with."""
+    pools = {node.name: i for i, node in enumerate(network.nodes) if isinstance(node.op, MaxPool2d)}
+    groups = units_of(rewrite.network).group
+    found = {}
+    for position, node in enumerate(rewrite.network.nodes):
+        if isinstance(node.op, MaxPool2d) and node.name in pools:
+            of = pools[node.name]
+            units = [u for p, (_, u) in zip(rewrite.network.relus, rewrite.origin, strict=True)
+                     if np.array_equal(groups[p], groups[position]) and (u < network.shapes[of][0]).all()]
+            channels = rewrite.network.shapes[position][0]
+            found[position] = _relation(position, of, 0, units[0] if units else np.arange(channels))
+    return found
