@@ -13,9 +13,9 @@ by beta less their interaction with the first of P (ascending), tries the first 
 admissible j within ``window`` places of i, counting in the swaps already made in this pass; it ends after more than
 ``misses`` of P found no partner. Passes go on until the first pair improves by less than ``threshold``.
 
-Choices left open: threshold 1e-4, window 100, misses 20, as in the authors' code. There the candidates outside P are at
-first only the *positive* weights that stay (a comparison without absolute value); here all of them are, unless
-``positive_only`` asks for the authors' behaviour. The inverse in the update is WoodFisher's, per layer (``block``).
+Choices left open: threshold 1e-4, window 10, misses 20, those of the authors' experiments. (In their code a comparison
+without absolute value leaves negative weights out of the first candidates; here all weights that stay are candidates.) F in
+the update is damped, and over the whole network by default (``block``); with few samples its inverse is never formed.
 """
 
 from __future__ import annotations
@@ -48,19 +48,17 @@ class CbsOptions:
         samples: gradients to use, from the start of the data; 0 for all.
         update: joint, single or none.
         damping: of the Fisher matrix in the update.
-        block: see ``woodfisher``.
-        positive_only: candidates as in the authors' code.
+        block: weights per block of F in the update; 0 for one block per layer, -1 for one block in all.
     """
 
     threshold: float = 1e-4
-    window: int = 100
+    window: int = 10
     misses: int = 20
     passes: int = 100
     samples: int = 0
     update: Literal["joint", "single", "none"] = "joint"
     damping: float = 1e-5
-    block: int = 0
-    positive_only: bool = False
+    block: int = -1
 
     def __post_init__(self) -> None:
         require(self.threshold > 0, "threshold", self.threshold, "a number > 0")
@@ -98,8 +96,8 @@ class Cbs(Pruner[CbsOptions]):
 
     def search(self, problem: Problem, number: int) -> Search:
         """The local search, finished."""
-        search = Search.start(flatten(problem.weights.values()), sample_gradients(problem, self.options.samples), number,
-                              self.options.positive_only)
+        weights, gradients = flatten(problem.weights.values()), sample_gradients(problem, self.options.samples)
+        search = Search.start(weights, gradients, number)
         for _ in range(self.options.passes):
             if not search.sweep(self.options):
                 break
@@ -127,26 +125,23 @@ class Search:
     """The local search's state.
 
     Attributes:
-        weights: w, shape (n,).
         scaled: column q is w_q g_q / sqrt(N), shape (N, n), so w_i F_ij w_j is a product of two columns.
         pruned: the set P.
         kept: candidates outside P.
         objectives: w_P^T F w_P at the start and after every pass.
     """
 
-    weights: Tensor
     scaled: Tensor
     pruned: Tensor
     kept: Tensor
     objectives: list[float] = field(default_factory=list)
 
     @classmethod
-    def start(cls, weights: Tensor, gradients: Tensor, number: int, positive_only: bool = False) -> Search:
+    def start(cls, weights: Tensor, gradients: Tensor, number: int) -> Search:
         """From the ``number`` weights of least magnitude."""
         pruned = smallest(weights.abs(), number)
         out = torch.ones_like(weights, dtype=torch.bool).index_fill(0, pruned, False)
-        kept = (out & (weights > 0) if positive_only else out).nonzero().flatten()
-        search = cls(weights, gradients * (weights / len(gradients) ** 0.5), pruned.sort().values, kept)
+        search = cls(gradients * (weights / len(gradients) ** 0.5), pruned.sort().values, out.nonzero().flatten())
         search.objectives.append(search.objective())
         return search
 

@@ -9,6 +9,7 @@ Inputs come from the module as given; layers are pruned independently, so the re
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
@@ -31,7 +32,7 @@ def input_moments(problem: Problem) -> dict[str, Tensor]:
     layers = layers_of(problem.model)
     total: dict[str, Tensor] = {}
 
-    def hook(name: str):  # noqa: ANN202
+    def hook(name: str) -> Callable[..., None]:
         def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             a = patches(layers[name], inputs[0].detach())
             total[name] = total.get(name, torch.zeros((), dtype=a.dtype, device=a.device)) + \

@@ -10,9 +10,9 @@ factored Tikhonov damping (K-FAC, Section 6.3)
 and the saliency of weight q = (o, k) is w_q^2 / [F^-1]_qq, ranked over all layers together.
 
 Choices left open: curvature in the coordinates of the weights (not of the Kronecker eigenbasis); gradients of the loss at the
-true labels (empirical Fisher); ``pi`` off means pi = 1; biases have no place in A; for convolutions A and G are
-averaged over samples and summed over positions divided by their number, once, as in K-FAC for convolutions; no factor
-1/2, and 1e-10 added twice as in ``woodfisher``. ``update`` moves the kept weights by the sum of the OBS updates.
+true labels (empirical Fisher); ``pi`` off means pi = 1; biases have no place in A; for convolutions A is
+averaged over samples and positions and G summed over positions (R. Grosse, J. Martens, ICML 2016); no factor 1/2, and
+1e-10 added twice as in ``woodfisher``. ``update`` moves the kept weights by the sum of the OBS updates.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class SparseGpt(LayerPruner[SparseGptOptions]):
     def prune_rows(self, weight: Tensor, hessian: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """Choose the mask run by run, carry every column's error to the right."""
         root = torch.linalg.cholesky(inverse(damped(hessian, self.options.damping)), upper=True)
-        w, keep, (rows, columns) = weight.clone(), torch.ones_like(weight, dtype=torch.bool), weight.shape
+        w, keep, columns = weight.clone(), torch.ones_like(weight, dtype=torch.bool), weight.shape[1]
         for start in range(0, columns, self.options.block):
             stop = min(start + self.options.block, columns)
             share = number * stop // columns - number * start // columns

@@ -153,30 +153,54 @@ class Blocks:
 
     def inverse_diagonal(self) -> Tensor:
         """Diagonal of F^-1, shape (number * B,)."""
-        g = self.gradients()
-        if g.shape[1] >= self.size:
-            return block_inverse(g, self.damping).diagonal(dim1=1, dim2=2).flatten()
-        factor = _woodbury_factor(g, self.damping)
-        half = torch.linalg.solve_triangular(factor, g, upper=False)
-        return ((1 - half.square().sum(1)) / self.damping).flatten()
+        return _diagonal(self.gradients(), self.damping).flatten()
 
     def move(self, weights: Tensor, keep: Tensor, update: str) -> Tensor:
-        """The weights of these blocks after the update for those that go, before they are zeroed, shape (number * B,)."""
+        """The weights of these blocks after the update for those that go, before they are zeroed, (number * B,)."""
         w = weights[self.start:self.stop].view(self.number, self.size)
         going = ~keep[self.start:self.stop].view(self.number, self.size)
         if update == "none" or not bool(going.any()):
             return w.flatten().clone()
-        inverse = block_inverse(self.gradients(), self.damping)
+        g = self.gradients()
         if update == "joint":
-            return torch.cat([_joint(*block) for block in zip(w, going, inverse)])
-        basis = torch.where(going, w / inverse.diagonal(dim1=1, dim2=2), 0)
-        return (w - torch.einsum("bij,bj->bi", inverse, basis)).flatten()
+            return torch.cat([w_ + _joint(w_, going_, g_, self.damping) for w_, going_, g_ in zip(w, going, g)])
+        basis = torch.where(going, w / _diagonal(g, self.damping), 0)
+        return (w - _inverse_times(g, basis, self.damping)).flatten()
 
 
-def _joint(weights: Tensor, going: Tensor, inverse: Tensor) -> Tensor:
-    from exactprune.pruners.obs import joint_update
+def _diagonal(g: Tensor, damping: float) -> Tensor:
+    """Diagonal of F^-1 for gradients (blocks, N, B), shape (blocks, B)."""
+    if g.shape[1] >= g.shape[2]:
+        return block_inverse(g, damping).diagonal(dim1=1, dim2=2)
+    half = torch.linalg.solve_triangular(_woodbury_factor(g, damping), g, upper=False)
+    return (1 - half.square().sum(1)) / damping
 
-    return weights + joint_update(weights, inverse, going.nonzero().flatten())
+
+def _inverse_times(g: Tensor, v: Tensor, damping: float) -> Tensor:
+    """F^-1 v for gradients (blocks, N, B) and v (blocks, B)."""
+    if g.shape[1] >= g.shape[2]:
+        return torch.matmul(block_inverse(g, damping), v.unsqueeze(2)).squeeze(2)
+    inner = torch.cholesky_solve(torch.matmul(g, v.unsqueeze(2)), _woodbury_factor(g, damping))
+    return (v - torch.matmul(g.mT, inner).squeeze(2)) / damping
+
+
+def _joint(weights: Tensor, going: Tensor, g: Tensor, damping: float) -> Tensor:
+    """The minimiser of delta^T F delta with delta = -w where ``going``, for one block.
+
+    With K kept and P going, delta_K = F_KK^-1 F_KP w_P, which needs products with G_K only (the same as the OBS
+    formula with F^-1).
+    """
+    kept, target = g[:, ~going], g[:, going] @ weights[going]
+    delta = -weights * going
+    if len(g) < kept.shape[1]:
+        factor = _woodbury_factor(kept[None], damping)[0]
+        delta[~going] = kept.T @ torch.cholesky_solve(target[:, None], factor)[:, 0]
+    else:
+        fisher = kept.T @ kept / len(g)
+        fisher.diagonal().add_(damping)
+        factor = torch.linalg.cholesky(fisher)
+        delta[~going] = torch.cholesky_solve((kept.T @ target)[:, None] / len(g), factor)[:, 0]
+    return delta
 
 
 def block_inverse(gradients: Tensor, damping: float) -> Tensor:
