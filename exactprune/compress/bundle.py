@@ -67,7 +67,7 @@ class Bundle:
 
 
 def bundle(network: Network, domain: Box, rewrite: Rewrite, certificate: Sequence[Mapping[str, Any]],
-           verdicts: Sequence[LayerVerdict] = ()) -> Bundle:
+           verdicts: Sequence[LayerVerdict]) -> Bundle:
     """Write a bundle, have it checked, and lower the claim to what is accepted.
 
     Args:
@@ -75,11 +75,11 @@ def bundle(network: Network, domain: Box, rewrite: Rewrite, certificate: Sequenc
         domain: the box.
         rewrite: what the compressor made of it.
         certificate: records of the original's verdicts, header first.
-        verdicts: of the original; with them, bounds are tightened where the claim needs it.
+        verdicts: of the original.
     """
-    hints, proof = list(_hints(network, rewrite)), list(restricted(certificate))
+    hints, proof = list(_hints(network, rewrite, verdicts)), list(restricted(certificate))
     found = _checked(network, domain, rewrite, hints, proof, rewrite.level)
-    if not found.report.accepted and verdicts:
+    if not found.report.accepted:
         tighter = [*proof, *_tightening(verdicts)]
         again = _checked(network, domain, rewrite, hints, tighter, rewrite.level)
         better = again.report.accepted or again.report.deviation < found.report.deviation
@@ -139,9 +139,10 @@ def _tightening(verdicts: Sequence[LayerVerdict]) -> Iterator[Record]:
 # -- hints -------------------------------------------------------------------------------------------------------------
 
 
-def _hints(network: Network, rewrite: Rewrite) -> Iterator[Record]:
+def _hints(network: Network, rewrite: Rewrite, verdicts: Sequence[LayerVerdict]) -> Iterator[Record]:
     axes = units_of(network).axis
     yield from _duplicates(network, rewrite, axes)
+    yield from _linear(network, rewrite, axes, verdicts)
     found = _relus(network, rewrite, axes) | _pools(network, rewrite)
     yield from (found[position] for position in sorted(found))
 
@@ -156,6 +157,22 @@ def _duplicates(network: Network, rewrite: Rewrite, axes: Mapping[int, int]) -> 
         position = network.relus[layer]
         yield {"record": "duplicate", "of": position, "axis": axes[position], "gone": pack_integers(gone),
                "kept": pack_integers(kept), "ratios": pack(ratios.astype(np.float64))}
+
+
+def _linear(network: Network, rewrite: Rewrite, axes: Mapping[int, int],
+            verdicts: Sequence[LayerVerdict]) -> Iterator[Record]:
+    """Units that became linear ones although they are not stably active."""
+    merged: dict[int, set[int]] = {}
+    for step in rewrite.steps:
+        if step.rule in ("merge", "fold"):
+            merged.setdefault(int(step.data["layer"]), set()).update(u for u in step.data["units"] if u >= 0)  # type: ignore[call-overload,attr-defined]
+    for layer, units in sorted(merged.items()):
+        verdict, position = verdicts[layer], network.relus[layer]
+        active = (np.moveaxis(verdict.status.reshape(verdict.shape), axes[position], 0) == Status.ACTIVE)
+        bare = ~active.reshape(len(active), -1).all(axis=1)
+        chosen = np.array(sorted(u for u in units if bare[u]), int)
+        if chosen.size:
+            yield {"record": "linear", "of": position, "axis": axes[position], "units": pack_integers(chosen)}
 
 
 def _relus(network: Network, rewrite: Rewrite, axes: Mapping[int, int]) -> dict[int, Record]:
