@@ -14,7 +14,7 @@ inequality), per output; a choice whose true sum exceeds the budget is taken bac
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from math import prod
 
 import numpy as np
@@ -26,6 +26,7 @@ from exactprune.compress.deviation import inflated, propagate_all, propagate_man
 from exactprune.compress.enclosure import Interval, enclosures
 from exactprune.compress.rules.fold import folded
 from exactprune.compress.rules.merge import mergers
+from exactprune.compress.rules.opposite import Opposites, opposites
 from exactprune.compress.rules.relax import Lines, lines_of
 from exactprune.compress.surroundings import (
     Surroundings,
@@ -58,6 +59,7 @@ class Candidate:
         saved: parameters that go.
         error: (m,) certified deviation at the readers' outputs.
         eps: largest certified deviation of the network's output.
+        columns: see ``Place``.
     """
 
     layer: int
@@ -68,6 +70,12 @@ class Candidate:
     saved: int
     error: np.ndarray
     eps: float
+    columns: Mapping[int, np.ndarray]
+
+    @property
+    def unstable_rule(self) -> str:
+        """The rule that makes lines of channels that are not stable."""
+        return "opposite" if self.columns else "relax"
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +192,8 @@ class Place:
         relaxed: channels that are not stable.
         block: the block of these lines.
         gap: (k,) bound on the distance of each channel from its line as stored in the block.
+        columns: channel that stays -> new outgoing weights (q,), where it took over from its opposite.
+        taken: (q,) bound on what that changes.
     """
 
     network: Network
@@ -193,6 +203,8 @@ class Place:
     relaxed: np.ndarray
     block: Block
     gap: np.ndarray
+    columns: Mapping[int, np.ndarray] = field(default_factory=dict)
+    taken: np.ndarray | float = 0.0
 
 
 def _places(state: State, domain: Box, layer: int, budget: float) -> list[Place]:
@@ -206,7 +218,22 @@ def _places(state: State, domain: Box, layer: int, budget: float) -> list[Place]
         return []
     gain, active = gains(network, where), _active_channels(verdict)
     sets = [active_lines(active), *_relaxed_sets(network, where, verdict, gain, active, budget)]
-    return [_place(network, layer, where, at, gain, lines, active.size) for lines in sets if lines.channels.size]
+    found = [_place(network, layer, where, at, gain, lines, active.size) for lines in sets if lines.channels.size]
+    pairs = _opposites(network, where, at, gain, verdict, active, budget)
+    if pairs.gone.size:
+        lines = active_lines(np.concatenate([active, pairs.gone]))
+        place = _place(network, layer, where, at, gain, lines, active.size)
+        found.append(replace(place, columns=pairs.columns, taken=pairs.error))
+    return found
+
+
+def _opposites(network: Network, where: Surroundings, at: Interval, gain: np.ndarray | None, verdict: LayerVerdict,
+               active: np.ndarray, budget: float) -> Opposites:
+    everything = make_block(network, where, np.arange(verdict.shape[0]), at, gain, linear=False)
+    spared = (verdict.status == Status.UNKNOWN).reshape(verdict.shape[0], -1).any(axis=1)
+    spared[active] = True
+    reach = np.maximum(verdict.upper, 0.0).reshape(verdict.shape[0], -1).max(axis=1)
+    return opposites(everything, budget, spared, reach)
 
 
 def active_lines(channels: np.ndarray) -> Lines:
@@ -285,13 +312,13 @@ def _merges(place: Place, budget: float) -> list[Candidate]:
 
 def _candidate(place: Place, rule: str, units: Units) -> Candidate:
     block = place.block
-    gaps = np.abs(block.w_out.astype(np.float64)) @ place.gap
+    gaps = np.abs(block.w_out.astype(np.float64)) @ place.gap + place.taken
     error = inflated(deviation(block, units) + inflated(block.summed(gaps), len(place.gap) + len(gaps)), 2)
     eps = float(_at_output(place.network, place.where, error[None]).max()) if np.isfinite(error).all() else np.inf
     gone, rows, columns = len(block.w_in), len(block.w_out), block.w_in.shape[1]
     new = rows * columns if rule == "fold" else len(units.v) * (columns + 1 + rows)
     saved = gone * (columns + 1 + rows) - new
-    return Candidate(place.layer, rule, units, place.lines.channels, place.relaxed, saved, error, eps)
+    return Candidate(place.layer, rule, units, place.lines.channels, place.relaxed, saved, error, eps, place.columns)
 
 
 # -- rewriting ------------------------------------------------------------------------------------------------------
@@ -303,7 +330,10 @@ def _replace(state: State, where: Surroundings, candidate: Candidate) -> State:
     if candidate.rule == "fold":
         return _fold(state, where, units)
     kept = np.setdiff1d(np.arange(network.shapes[where.relu][0]), candidate.channels)
-    nodes = replaced(network.nodes, rewritten(network, where, kept, units))
+    rows = all_rows(network, where)
+    for channel, column in candidate.columns.items():
+        rows[:, channel] = column
+    nodes = replaced(network.nodes, rewritten(network, where, kept, units, rows[:, kept]))
     if not kept.size:
         return _without_relu(state, where, nodes)
     grown = _grown(state, candidate.layer, kept, units)

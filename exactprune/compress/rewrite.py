@@ -172,19 +172,19 @@ def _merged_removals(state: State, found: Applied) -> list[Removal]:
     layer, origin = state.origin[found.candidate.layer]
     size = prod(state.verdicts[found.candidate.layer].shape[1:])
     old = origin[found.candidate.channels]
-    relaxed = set(origin[found.candidate.relaxed].tolist())
-    return [Removal(layer, int(u), "relax" if u in relaxed else found.candidate.rule, certified(found.eps), size)
+    relaxed, rule = set(origin[found.candidate.relaxed].tolist()), found.candidate.unstable_rule
+    return [Removal(layer, int(u), rule if u in relaxed else found.candidate.rule, certified(found.eps), size)
             for u in old if u >= 0]
 
 
 def _linear_step(state: State, found: Applied) -> Step:
     c, (layer, origin) = found.candidate, state.origin[found.candidate.layer]
     gone, units = len(c.channels), 0 if c.rule == "fold" else len(c.units.v)
-    kinds = f"{gone - len(c.relaxed)} stably active" + (f" and {len(c.relaxed)} relaxed" if len(c.relaxed) else "")
+    kinds = f"{gone - len(c.relaxed)} stably active" + (f" and {len(c.relaxed)} {c.unstable_rule}" if len(c.relaxed) else "")
     text = (f"layer {layer}: {kinds} neurons, all there are, folded into the next affine map" if c.rule == "fold"
             else f"layer {layer}: {kinds} neurons or channels became {units} linear units")
     data = {"layer": layer, "units": [int(u) for u in origin[c.channels]], "new_units": units,
-            "relaxed": [int(u) for u in origin[c.relaxed]],
+            c.unstable_rule: [int(u) for u in origin[c.relaxed]],
             "deviation": [float(d) for d in found.deviation.ravel()]}
     return Step(c.rule, f"{text}, output deviation at most {found.eps:.3g}", data, certified(found.eps))
 

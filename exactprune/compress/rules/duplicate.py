@@ -35,24 +35,25 @@ class Twin:
     gap: float
 
 
-def twins(block: Block, budget: float, spared: np.ndarray) -> Iterator[Twin]:
+def twins(block: Block, budget: float, spared: np.ndarray, sign: int = 1) -> Iterator[Twin]:
     """Pairs of proportional neurons; every neuron goes at most once, and one that something goes into stays.
 
     Args:
         block: the layer.
         budget: deviation of the network's output that is allowed (0: exact pairs only).
         spared: (k,) booleans, neurons to leave alone.
+        sign: of the ratio; -1 for opposite neurons (``rules.opposite``).
     """
-    near = _near(block)
+    near = _near(block, sign)
     near[spared] = near[:, spared] = False
     gone: set[int] = set()
     taken: set[int] = set()
     for i in np.flatnonzero(near.any(axis=1)).tolist():
         others = np.array([j for j in np.flatnonzero(near[i]).tolist() if j not in gone and j not in taken], int)
         for j in () if i in gone else _plausible(block, i, others, budget):
-            found = _twin(block, i, j)
+            found = _twin(block, i, j, sign)
             if found is not None and found.gap and i not in taken:
-                back = _twin(block, j, i)
+                back = _twin(block, j, i, sign)
                 found = back if back is not None and not back.gap else found
             if found is not None:
                 gone.add(found.gone)
@@ -62,14 +63,14 @@ def twins(block: Block, budget: float, spared: np.ndarray) -> Iterator[Twin]:
                 break
 
 
-def _near(block: Block) -> np.ndarray:
-    """Booleans (k, k), above the diagonal: coefficient vectors that point the same way on the domain."""
+def _near(block: Block, sign: int) -> np.ndarray:
+    """Booleans (k, k), above the diagonal: coefficient vectors that point the same (or the opposite) way on D."""
     mid, rad = block.mid.astype(np.float64), block.rad.astype(np.float64)
     w_in = block.w_in.astype(np.float64)
     rows = np.concatenate([w_in * rad, (w_in @ mid + block.b_in)[:, None]], axis=1)
     size = np.linalg.norm(rows, axis=1)
     unit = np.divide(rows, size[:, None], out=np.zeros_like(rows), where=(size > 0)[:, None])
-    return np.triu(unit @ unit.T > 1 - _NEAR, 1)
+    return np.triu(sign * (unit @ unit.T) > 1 - _NEAR, 1)
 
 
 def _plausible(block: Block, i: int, others: np.ndarray, budget: float) -> list[int]:
@@ -87,11 +88,11 @@ def _plausible(block: Block, i: int, others: np.ndarray, budget: float) -> list[
     return others[same | (cost <= budget)].tolist()
 
 
-def _twin(block: Block, i: int, j: int) -> Twin | None:
+def _twin(block: Block, i: int, j: int, sign: int) -> Twin | None:
     a, b = np.append(block.w_in[i], block.b_in[i]), np.append(block.w_in[j], block.b_in[j])
     pivot = int(np.abs(a * np.append(block.rad, 1.0)).argmax())
     ratio = float(b[pivot]) / float(a[pivot]) if a[pivot] else 0.0
-    if not (np.isfinite(ratio) and ratio > 0):
+    if not (np.isfinite(ratio) and sign * ratio > 0):
         return None
     return Twin(i, j, ratio, 0.0 if _proportional(a, b, ratio) else _gap(block, i, j, ratio))
 
@@ -108,7 +109,7 @@ def _gap(block: Block, i: int, j: int, ratio: float) -> float:
     w_i, w_j = block.w_in[i].astype(block.work), block.w_in[j].astype(block.work)
     b_i, b_j = block.work(block.b_in[i]), block.work(block.b_in[j])
     difference = w_j - t * w_i
-    size = (np.abs(w_j) + t * np.abs(w_i)) @ (np.abs(block.mid) + block.rad) + abs(b_j) + t * abs(b_i)
+    size = (np.abs(w_j) + abs(t) * np.abs(w_i)) @ (np.abs(block.mid) + block.rad) + abs(b_j) + abs(t * b_i)
     value = abs(difference @ block.mid + (b_j - t * b_i)) + np.abs(difference) @ block.rad
     bound = value + 2 * gamma(2 * len(w_i) + 16, block.unit) * (size + value)
     return float(np.nextafter(np.float64(bound), np.inf))
