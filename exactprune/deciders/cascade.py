@@ -457,8 +457,8 @@ class Cascade:
         asked = {k: self._asked(k) for k in range(self.program.layers) if len(self._questions(k)[0])}
         lower, upper = bounds_before(self.state, self.program.layers)
         finite = [bool(np.isfinite(low).all() and np.isfinite(up).all()) for low, up in zip(lower, upper, strict=True)]
-        for k in [k for k in asked if not all(finite[:k])]:  # no solver takes such a model
-            self._give_reason(k, np.concatenate(asked.pop(k)), "bounds of an earlier layer overflowed")
+        for k in [k for k in asked if not all(finite[: k + 1])]:  # no solver takes such a model
+            self._give_reason(k, np.concatenate(asked.pop(k)), "bounds overflowed")
         count = sum(len(positive) + len(negative) for positive, negative in asked.values())
         with self._stage("milp" if self.effort.decider == "auto" else self.effort.decider, f"{count} questions to the solver"):
             for found in self.suggest(asked, lower, upper, seconds):
