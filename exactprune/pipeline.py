@@ -194,6 +194,8 @@ def verify(network: Network, domain: Box | None = None, options: VerifyOptions |
         if keeper is not None:
             keeper.read(cascade)
         cascade.run()
+    if keeper is not None:
+        keeper.write(cascade)
     progress.stage("certificate")
     versions = _versions()
     certified = certify(cascade, versions, options.certificate_cap)
