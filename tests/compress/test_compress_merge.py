@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exactprune.claim import Status
+from exactprune.claim import LayerVerdict, Status
 from exactprune.compress import Kind, compress_network
 from exactprune.compress.budget import budget_of, largest_output
 from exactprune.compress.deviation import evaluate_with_error, propagate
@@ -147,6 +148,29 @@ def test_unknown_is_never_merged(tools):
     (layer,) = tools.verdicts(f, box)
     hidden = type(layer)(0, layer.node, layer.shape, np.zeros(14), np.zeros(14), layer.lower, layer.upper)
     assert compress_network(f, box, (hidden,), max_deviation=1.0).network is f
+
+
+@pytest.mark.filterwarnings("error")
+def test_bounds_that_are_infinite_lead_to_nothing(tools):
+    rng = np.random.default_rng(15)
+    f = tools.chain((6,), mixed(rng, 12, 6, -1), ReLU(), Affine(normal(rng, 2, 14), normal(rng, 2)))
+    layer = LayerVerdict(0, "r", (14,), np.zeros(14), np.zeros(14), np.full(14, -np.inf), np.full(14, np.inf))
+    assert compress_network(f, uniform(0, 1, (6,)), (layer,), max_deviation=1.0).network is f
+
+
+def test_the_chain_of_rewrites_is_json_and_adds_up(tools):
+    rng = np.random.default_rng(16)
+    f = tools.chain((6,), tools.killed(mixed(rng, 12, 6, -1), 0), ReLU(), mixed(rng, 8, 14, -1), ReLU(),
+                    Affine(normal(rng, 2, 10), normal(rng, 2)))
+    rewrite, _ = compress(tools, f, max_deviation=1e-2)
+    chain = json.loads(json.dumps(rewrite.rewrites))
+    assert [step["rule"] for step in chain] == [step.rule for step in rewrite.steps]
+    assert {"remove", "merge"} <= {step["rule"] for step in chain}
+    assert rewrite.eps >= sum(step["level"]["eps"] for step in chain) * (1 - 1e-12)
+    layers = [units for _, units in rewrite.origin]
+    assert [len(u) for u in layers] == [s[0] for s in (rewrite.network.shapes[i] for i in rewrite.network.relus)]
+    gone = {(r.layer, r.index) for r in rewrite.removals}
+    assert not gone & {(layer, int(u)) for layer, units in rewrite.origin for u in units}
 
 
 # -- convolutions ---------------------------------------------------------------------------------------------------
