@@ -37,7 +37,7 @@ class Bundle:
         header: its fields by name.
         lower, upper: the domain, float64 in the input's shape.
         rewrites: for people.
-        hints: ``duplicate`` and ``relation`` records in order.
+        hints: ``duplicate``, ``line`` and ``relation`` records in order.
         certificate: the original's records, header first, read as they are used.
     """
 
@@ -142,7 +142,7 @@ def read(lines: Iterable[Json]) -> Bundle:
             return Bundle(header, lower, upper, rewrites, hints, _joined(record, stream))
         if kind == "rewrite" and not hints:
             rewrites.append(record)
-        elif kind in ("duplicate", "relation"):
+        elif kind in HINTS:
             hints.append(record)
         else:
             raise CheckError(f"there is no record '{kind}' (here)")
@@ -216,10 +216,7 @@ def _belongs(f: Network, g: Network, bundle: Bundle) -> None:
 
 def _deviation(difference: Difference, hints: list[Json]) -> float:
     for record in hints:
-        if records.kind_of(record) == "duplicate":
-            _duplicate(difference, record)
-        else:
-            _relation(difference, record)
+        HINTS[records.kind_of(record)](difference, record)
     return difference.deviation()
 
 
@@ -231,6 +228,15 @@ def _duplicate(difference: Difference, record: Json) -> None:
     places = records.indices(gone, shape[axis], "duplicate: gone")
     sources = records.integers(kept, 0, shape[axis], "duplicate: kept")
     difference.add_duplicates(of, axis, places, sources, _ratios(ratios, len(places), len(sources)))
+
+
+def _line(difference: Difference, record: Json) -> None:
+    of, axis, units, slopes = records.fields(record, "of", "axis", "units", "slopes")
+    of = records.whole(of, 0, len(difference.f.nodes), "line: of")
+    shape = difference.f.shape_of(of)
+    axis = records.whole(axis, 0, len(shape), "line: axis")
+    chosen = records.indices(units, shape[axis], "line: units")
+    difference.add_linear(of, axis, chosen, _ratios(slopes, len(chosen)))
 
 
 def _relation(difference: Difference, record: Json) -> None:
@@ -249,3 +255,6 @@ def _ratios(value: Any, *counts: int) -> Array:
     if any(found.shape != (count,) for count in counts):
         raise CheckError(f"{found.shape} ratios for {counts} units")
     return found
+
+
+HINTS = {"duplicate": _duplicate, "line": _line, "relation": _relation}

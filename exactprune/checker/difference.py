@@ -13,7 +13,8 @@ A comparison is one linear form in tensors of f plus an error: the form of z_g i
 convolutions, sums, pools, changes of layout, linear units) until every tensor of g in it has a relation to f, and is
 replaced by t y_f[s], at the price |coefficient| e. Then t z_f[s] is subtracted, and the rest is carried back through f:
 stably active neurons equal their pre-activation, neurons proved to be multiples of others are replaced by them
-(``duplicate``), anything else stops there and is bounded by its proved range. All coefficients are integers over powers
+(``duplicate``), some are replaced by a line s z_hat at the price of its distance from the ReLU (``line``), anything else
+stops there and is bounded by its proved range. All coefficients are integers over powers
 of two, so equal functions cancel to exactly zero. Where both networks do the same to tensors that correspond, the
 weights are compared as they are, which decides the same with less work (``_match``).
 
@@ -57,7 +58,11 @@ class Relation:
 
 @dataclass(frozen=True, eq=False)
 class Duplicates:
-    """abs(y[gone] - ratio * y[kept]) <= gap at a ReLU of f; arrays over pairs of elements."""
+    """abs(z[gone] - ratio * z[kept]) <= gap at a ReLU of f; arrays over pairs of elements.
+
+    With ratio > 0, y[gone] is ratio * y[kept] up to gap. With ratio < 0, relu(z) = z + relu(-z) makes y[gone]
+    z[gone] - ratio * y[kept] up to gap.
+    """
 
     gone: Array
     kept: Array
@@ -101,25 +106,37 @@ class Difference:
         count = int(np.prod(self.f.input_shape))
         self.relations = {INPUT: Relation(INPUT, np.arange(count), np.ones(count), np.zeros(count))}
         self.duplicates: dict[int, Duplicates] = {}
+        self.linear: dict[int, Array] = {}
 
     # -- what the hints ask for --------------------------------------------------------------------------------
 
     def add_duplicates(self, of: int, axis: int, gone: Array, kept: Array, ratios: Array) -> None:
         """Prove that units of a ReLU of f are multiples of others, up to a gap that later forms pay for."""
         self._require_kind(self.f, of, "ReLU")
-        self._require_positive(ratios, f"duplicates of node {of}")
+        self._require_positive(np.abs(ratios), f"duplicates of node {of}")
         if of in self.duplicates or set(gone.tolist()) & set(kept.tolist()):
             raise CheckError(f"duplicates of node {of}: stand twice, or a unit is a multiple of one that goes")
         shape = self.f.shape_of(of)
         places, sources = elements(shape, axis, gone), elements(shape, axis, kept)
         part = tuple(len(gone) if i == axis else n for i, n in enumerate(shape))
         ratio = per_element(part, axis, ratios)
-        gap = per_element(part, axis, np.where(self._proportional(of, gone, kept, ratios), 0.0, np.inf))
+        gap = per_element(part, axis, np.where(self._proportional(of, gone, kept, ratios), 0.0, np.inf)).copy()
         open_ = np.flatnonzero(np.isinf(gap))
         for rows in self._batches(open_):
             pending = {self.f.nodes[of].inputs[0]: _pairs(shape, places[rows], sources[rows], ratio[rows])}
             gap[rows] = _largest(*self._range_in_f(pending, len(rows)))
         self.duplicates[of] = Duplicates(places, sources, ratio, self._finite(gap, f"duplicates of node {of}"))
+
+    def add_linear(self, of: int, axis: int, units: Array, slopes: Array) -> None:
+        """Let units of a ReLU of f pass as a multiple of their pre-activation; how far that is off is paid for."""
+        self._require_kind(self.f, of, "ReLU")
+        if of in self.linear or not np.isfinite(slopes).all():
+            raise CheckError(f"lines of node {of} stand twice, or are not finite")
+        shape = self.f.shape_of(of)
+        part = tuple(len(units) if i == axis else n for i, n in enumerate(shape))
+        found = np.zeros(int(np.prod(shape)))
+        found[elements(shape, axis, units)] = per_element(part, axis, slopes)
+        self.linear[of] = found
 
     def relate(self, position: int, of: int, axis: int, units: Array, ratios: Array) -> None:
         """Prove the relation of a ReLU or max pool of g to a node of f."""
@@ -264,16 +281,26 @@ class Difference:
             pending[source] = dyadic.add(pending.get(source), totals.spread(rows, w))
 
     def _active_part(self, position: int, rows: Array, v: Dyadic, totals: _Totals) -> Dyadic:
-        """What passes a ReLU of f: active neurons; multiples are replaced first, and the rest stops here."""
+        """What passes a ReLU of f: first multiples are replaced, then every neuron by a line (slope 0: it stops here)."""
         shape, k = v.values.shape, self.layer_of[position]
         flat = replace(v, values=v.values.reshape(len(rows), -1))
         known = self.duplicates.get(position)
+        part = None
         if known is not None:
-            flat = _merged(flat, rows, known, totals)
-        active = self.lower[k] >= 0
-        rest = replace(flat, values=np.where(active, 0, flat.values))
-        totals.add_box(rows, rest, np.maximum(self.lower[k], 0.0), np.maximum(self.upper[k], 0.0))
-        return replace(flat, values=np.where(active, flat.values, 0).reshape(shape))
+            flat, part = _merged(flat, rows, known, totals)
+        slope, least, most = self._line(position, k)
+        totals.add_box(rows, flat, least, most)
+        passed = dyadic.add(part, _times(flat, slope))
+        return replace(passed, values=passed.values.reshape(shape))
+
+    def _line(self, position: int, k: int) -> tuple[Array, Array, Array]:
+        """Slopes s of a ReLU of f with sound bounds of relu(z) - s z: 1 for active neurons, as hinted, else 0."""
+        lower, upper = self.lower[k], self.upper[k]
+        slope = np.where(lower >= 0, 1.0, self.linear.get(position, np.zeros(lower.size)))
+        ends = [_beyond(t, slope) for t in (lower, upper)]
+        kink = (lower <= 0) & (upper >= 0)
+        least, most = np.minimum(ends[0][0], ends[1][0]), np.maximum(ends[0][1], ends[1][1])
+        return slope, np.where(kink, np.minimum(least, 0.0), least), np.where(kink, np.maximum(most, 0.0), most)
 
     def _rounded(self, position: int, rows: Array, v: Dyadic, totals: _Totals) -> Dyadic:
         """Rows cut to ``WIDE`` bits, and what that can change."""
@@ -576,18 +603,36 @@ def _selected(v: Dyadic, relation: Relation, shape: Shape) -> Dyadic:
     return Dyadic(table.reshape(len(parts), *shape), v.exponent + exponent, v.divisor)
 
 
-def _merged(v: Dyadic, rows: Array, known: Duplicates, totals: _Totals) -> Dyadic:
-    """Rows with coefficients of multiples moved to what they are multiples of."""
+def _merged(v: Dyadic, rows: Array, known: Duplicates, totals: _Totals) -> tuple[Dyadic, Dyadic | None]:
+    """Rows with coefficients of multiples moved to what they are multiples of, and what goes on to pre-activations."""
     parts = v.values[:, known.gone]
     if not parts.any():
-        return v
+        return v, None
     totals.add_error(rows, replace(v, values=parts), known.gap)
-    numbers, exponent = dyadic.exact_int(known.ratio)
+    numbers, exponent = dyadic.exact_int(np.abs(known.ratio))
     moved = np.zeros(v.values.shape, object)
     np.add.at(moved.T, known.kept, (parts.astype(object) * numbers).T)
-    kept = v.values.copy()
+    kept, passed = v.values.copy(), np.zeros_like(v.values)
     kept[:, known.gone] = 0
-    return dyadic.add(replace(v, values=kept), Dyadic(dyadic.narrow(moved), v.exponent + exponent, v.divisor))
+    passed[:, known.gone] = np.where(known.ratio < 0, parts, 0)
+    rest = dyadic.add(replace(v, values=kept), Dyadic(dyadic.narrow(moved), v.exponent + exponent, v.divisor))
+    return rest, replace(v, values=passed)
+
+
+def _times(v: Dyadic, factor: Array) -> Dyadic:
+    """Coefficients (rows, n) times factors (n,)."""
+    numbers, exponent = dyadic.exact_int(factor)
+    return Dyadic(dyadic.narrow(dyadic.multiply(v.values, numbers)), v.exponent + exponent, v.divisor)
+
+
+def _beyond(t: Array, slope: Array) -> tuple[Array, Array]:
+    """Sound bounds of relu(t) - slope * t; exact where the slope is 0 or 1."""
+    plain = np.where(slope == 0, np.maximum(t, 0.0), np.maximum(-t, 0.0))
+    with np.errstate(over="ignore"):
+        low, high = np.nextafter(slope * t, -np.inf), np.nextafter(slope * t, np.inf)
+        found = np.nextafter(np.maximum(t, 0.0) - high, -np.inf), np.nextafter(np.maximum(t, 0.0) - low, np.inf)
+    exact = (slope == 0) | (slope == 1)
+    return np.where(exact, plain, found[0]), np.where(exact, plain, found[1])
 
 
 def _largest(low: Array, high: Array) -> Array:

@@ -27,7 +27,7 @@ from exactprune.compress.units import units_of
 from exactprune.deciders.proofs import crown_record, pack, pack_integers
 from exactprune.domain import Box
 from exactprune.network import Network
-from exactprune.ops import MaxPool2d
+from exactprune.ops import Affine, Conv2d, MaxPool2d
 
 Record = dict[str, Any]
 
@@ -141,38 +141,56 @@ def _tightening(verdicts: Sequence[LayerVerdict]) -> Iterator[Record]:
 
 def _hints(network: Network, rewrite: Rewrite, verdicts: Sequence[LayerVerdict]) -> Iterator[Record]:
     axes = units_of(network).axis
-    yield from _duplicates(network, rewrite, axes)
-    yield from _linear(network, rewrite, axes, verdicts)
+    lines = {layer: _lines(rewrite, layer, verdicts[layer], axes[p]) for layer, p in enumerate(network.relus)}
+    for layer, position in enumerate(network.relus):
+        pairs = [*_twins(rewrite, layer), *_opposites(network, position, axes[position], lines[layer])]
+        if pairs:
+            kept, gone, ratios = (np.array(column) for column in zip(*pairs, strict=True))
+            yield {"record": "duplicate", "of": position, "axis": axes[position], "gone": pack_integers(gone),
+                   "kept": pack_integers(kept), "ratios": pack(ratios.astype(np.float64))}
+        if lines[layer]:
+            yield {"record": "line", "of": position, "axis": axes[position],
+                   "units": pack_integers(np.array(list(lines[layer]))),
+                   "slopes": pack(np.array(list(lines[layer].values()), np.float64))}
     found = _relus(network, rewrite, axes) | _pools(network, rewrite)
     yield from (found[position] for position in sorted(found))
 
 
-def _duplicates(network: Network, rewrite: Rewrite, axes: Mapping[int, int]) -> Iterator[Record]:
-    pairs: dict[int, list[Any]] = {}
+def _twins(rewrite: Rewrite, layer: int) -> Iterator[tuple[int, int, float]]:
     for step in rewrite.steps:
-        if step.rule == "duplicate":
-            pairs.setdefault(int(step.data["layer"]), []).extend(step.data["kept_gone_ratio"])  # type: ignore[call-overload,arg-type]
-    for layer, found in sorted(pairs.items()):
-        kept, gone, ratios = (np.array(column) for column in zip(*found, strict=True))
-        position = network.relus[layer]
-        yield {"record": "duplicate", "of": position, "axis": axes[position], "gone": pack_integers(gone),
-               "kept": pack_integers(kept), "ratios": pack(ratios.astype(np.float64))}
+        if step.rule == "duplicate" and step.data["layer"] == layer:
+            yield from step.data["kept_gone_ratio"]  # type: ignore[misc]
 
 
-def _linear(network: Network, rewrite: Rewrite, axes: Mapping[int, int],
-            verdicts: Sequence[LayerVerdict]) -> Iterator[Record]:
-    """Units that became linear ones although they are not stably active."""
-    merged: dict[int, set[int]] = {}
+def _lines(rewrite: Rewrite, layer: int, verdict: LayerVerdict, axis: int) -> dict[int, float]:
+    """Units that were replaced by lines although they are not stably active, with the slopes."""
+    status = np.moveaxis(verdict.status.reshape(verdict.shape), axis, 0)
+    active = (status == Status.ACTIVE).reshape(len(status), -1).all(axis=1)
+    found: dict[int, float] = {}
     for step in rewrite.steps:
-        if step.rule in ("merge", "fold"):
-            merged.setdefault(int(step.data["layer"]), set()).update(u for u in step.data["units"] if u >= 0)  # type: ignore[call-overload,attr-defined]
-    for layer, units in sorted(merged.items()):
-        verdict, position = verdicts[layer], network.relus[layer]
-        active = (np.moveaxis(verdict.status.reshape(verdict.shape), axes[position], 0) == Status.ACTIVE)
-        bare = ~active.reshape(len(active), -1).all(axis=1)
-        chosen = np.array(sorted(u for u in units if bare[u]), int)
-        if chosen.size:
-            yield {"record": "linear", "of": position, "axis": axes[position], "units": pack_integers(chosen)}
+        if step.rule in ("merge", "fold") and step.data["layer"] == layer:
+            units = [*step.data.get("relax", ()), *step.data.get("opposite", ())]  # type: ignore[misc]
+            found |= {int(u): float(s) for u, s in zip(units, step.data["slopes"], strict=True)  # type: ignore[call-overload,arg-type]
+                      if u >= 0 and not active[u]}
+    return found
+
+
+def _opposites(network: Network, position: int, axis: int, lines: Mapping[int, float],
+               near: float = 1e-6) -> Iterator[tuple[int, int, float]]:
+    """Lines of slope 1 whose weights are a negative multiple of another unit's."""
+    feeder = network.nodes[network.nodes[position].inputs[0]].op if network.nodes[position].inputs[0] >= 0 else None
+    whole = [u for u, slope in lines.items() if slope == 1]
+    if not whole or not isinstance(feeder, Affine | Conv2d) or axis:
+        return
+    weight = feeder.weight.reshape(len(feeder.bias), -1).astype(np.float64)
+    size = np.linalg.norm(weight, axis=1)
+    unit = np.divide(weight, size[:, None], out=np.zeros_like(weight), where=size[:, None] > 0)
+    for gone in whole:
+        cosine = unit @ unit[gone]
+        cosine[whole] = 0.0
+        kept, pivot = int(cosine.argmin()), int(np.abs(weight[gone]).argmax())
+        if cosine[kept] < near - 1 and weight[kept, pivot]:
+            yield kept, gone, float(weight[gone, pivot] / weight[kept, pivot])
 
 
 def _relus(network: Network, rewrite: Rewrite, axes: Mapping[int, int]) -> dict[int, Record]:

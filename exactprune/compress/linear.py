@@ -60,6 +60,7 @@ class Candidate:
         error: (m,) certified deviation at the readers' outputs.
         eps: largest certified deviation of the network's output.
         columns: see ``Place``.
+        slopes: of the lines of ``relaxed``.
     """
 
     layer: int
@@ -71,6 +72,7 @@ class Candidate:
     error: np.ndarray
     eps: float
     columns: Mapping[int, np.ndarray]
+    slopes: np.ndarray
 
     @property
     def unstable_rule(self) -> str:
@@ -318,7 +320,8 @@ def _candidate(place: Place, rule: str, units: Units) -> Candidate:
     gone, rows, columns = len(block.w_in), len(block.w_out), block.w_in.shape[1]
     new = rows * columns if rule == "fold" else len(units.v) * (columns + 1 + rows)
     saved = gone * (columns + 1 + rows) - new
-    return Candidate(place.layer, rule, units, place.lines.channels, place.relaxed, saved, error, eps, place.columns)
+    slopes = place.lines.slope[gone - len(place.relaxed):]
+    return Candidate(place.layer, rule, units, place.lines.channels, place.relaxed, saved, error, eps, place.columns, slopes)
 
 
 # -- rewriting ------------------------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def _linear_step(state: State, found: Applied) -> Step:
     text = (f"layer {layer}: {kinds} neurons, all there are, folded into the next affine map" if c.rule == "fold"
             else f"layer {layer}: {kinds} neurons or channels became {units} linear units")
     data = {"layer": layer, "units": [int(u) for u in origin[c.channels]], "new_units": units,
-            c.unstable_rule: [int(u) for u in origin[c.relaxed]],
+            c.unstable_rule: [int(u) for u in origin[c.relaxed]], "slopes": [float(s) for s in c.slopes],
             "deviation": [float(d) for d in found.deviation.ravel()]}
     return Step(c.rule, f"{text}, output deviation at most {found.eps:.3g}", data, certified(found.eps))
 
