@@ -33,7 +33,7 @@ from exactprune.network import Network
 
 FEW_INPUTS = 8
 MANY_QUESTIONS = 64  # above this, more restarts come before branch and bound
-NODE_ROUNDS = (64, 1024, 50_000)
+NODE_ROUNDS = (1024, 32_768, 1 << 22)  # nodes a layer, shared by its questions, 32 each at least
 ALPHA_STEPS = 20
 TIGHTEN_FLOPS = 1e12  # for tightening rows that already have witnesses, a layer
 BITS = (16, 24, 40)
@@ -411,11 +411,12 @@ class Cascade:
         self._narrow(layer, np.array([neuron]), sign, np.zeros(1))
         self._settle_by_bounds(layer, method)
 
-    def _phase_round(self, nodes: int, deadline: float, lp_after: int = LP_AFTER) -> None:
+    def _phase_round(self, budget: int, deadline: float, lp_after: int = LP_AFTER) -> None:
         for layer in range(self.program.layers):
             neurons, signs = self._questions(layer)
             left = deadline - monotonic()
             if len(neurons) and left > 0:
+                nodes = max(32, budget // len(neurons)) if budget > 1 else 1
                 name = self.network.nodes[self.network.relus[layer]].name
                 with self._stage(f"branch and bound {name}", f"{len(neurons)} questions, up to {nodes} nodes each"):
                     self._phase_layer(layer, neurons, signs, nodes, left, lp_after)
