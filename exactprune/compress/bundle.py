@@ -141,9 +141,10 @@ def _tightening(verdicts: Sequence[LayerVerdict]) -> Iterator[Record]:
 
 def _hints(network: Network, rewrite: Rewrite, verdicts: Sequence[LayerVerdict]) -> Iterator[Record]:
     axes = units_of(network).axis
-    lines = {layer: _lines(rewrite, layer, verdicts[layer], axes[p]) for layer, p in enumerate(network.relus)}
+    lines = {layer: _lines(rewrite, layer, "relax") for layer in range(len(network.relus))}
     for layer, position in enumerate(network.relus):
-        pairs = [*_twins(rewrite, layer), *_opposites(network, position, axes[position], lines[layer])]
+        gone = list(_lines(rewrite, layer, "opposite"))
+        pairs = [*_twins(rewrite, layer), *_opposites(network, position, axes[position], gone)]
         if pairs:
             kept, gone, ratios = (np.array(column) for column in zip(*pairs, strict=True))
             yield {"record": "duplicate", "of": position, "axis": axes[position], "gone": pack_integers(gone),
@@ -162,32 +163,29 @@ def _twins(rewrite: Rewrite, layer: int) -> Iterator[tuple[int, int, float]]:
             yield from step.data["kept_gone_ratio"]  # type: ignore[misc]
 
 
-def _lines(rewrite: Rewrite, layer: int, verdict: LayerVerdict, axis: int) -> dict[int, float]:
-    """Units that were replaced by lines although they are not stably active, with the slopes."""
-    status = np.moveaxis(verdict.status.reshape(verdict.shape), axis, 0)
-    active = (status == Status.ACTIVE).reshape(len(status), -1).all(axis=1)
+def _lines(rewrite: Rewrite, layer: int, rule: str) -> dict[int, float]:
+    """Units that a rule replaced by lines although they are not stably active, with the slopes."""
     found: dict[int, float] = {}
     for step in rewrite.steps:
-        if step.rule in ("merge", "fold") and step.data["layer"] == layer:
-            units = [*step.data.get("relax", ()), *step.data.get("opposite", ())]  # type: ignore[misc]
-            found |= {int(u): float(s) for u, s in zip(units, step.data["slopes"], strict=True)  # type: ignore[call-overload,arg-type]
-                      if u >= 0 and not active[u]}
+        if rule in step.data and step.data["layer"] == layer:
+            units, slopes = step.data[rule], step.data["slopes"]
+            found |= {int(u): float(s) for u, s in zip(units, slopes, strict=True) if u >= 0}  # type: ignore[call-overload]
     return found
 
 
-def _opposites(network: Network, position: int, axis: int, lines: Mapping[int, float],
+def _opposites(network: Network, position: int, axis: int, units: Sequence[int],
                near: float = 1e-6) -> Iterator[tuple[int, int, float]]:
-    """Lines of slope 1 whose weights are a negative multiple of another unit's."""
-    feeder = network.nodes[network.nodes[position].inputs[0]].op if network.nodes[position].inputs[0] >= 0 else None
-    whole = [u for u, slope in lines.items() if slope == 1]
-    if not whole or not isinstance(feeder, Affine | Conv2d) or axis:
+    """For each of some units, the unit whose weights are a negative multiple of its own, and the factor."""
+    source = network.nodes[position].inputs[0]
+    feeder = network.nodes[source].op if source >= 0 else None
+    if not units or not isinstance(feeder, Affine | Conv2d) or axis:
         return
     weight = feeder.weight.reshape(len(feeder.bias), -1).astype(np.float64)
-    size = np.linalg.norm(weight, axis=1)
-    unit = np.divide(weight, size[:, None], out=np.zeros_like(weight), where=size[:, None] > 0)
-    for gone in whole:
+    size = np.linalg.norm(weight, axis=1)[:, None]
+    unit = np.divide(weight, size, out=np.zeros_like(weight), where=size > 0)
+    for gone in units:
         cosine = unit @ unit[gone]
-        cosine[whole] = 0.0
+        cosine[list(units)] = 0.0
         kept, pivot = int(cosine.argmin()), int(np.abs(weight[gone]).argmax())
         if cosine[kept] < near - 1 and weight[kept, pivot]:
             yield kept, gone, float(weight[gone, pivot] / weight[kept, pivot])
