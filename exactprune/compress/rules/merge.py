@@ -29,7 +29,7 @@ def mergers(block: Block, budget: float, limit: int) -> Iterator[Units]:
     time, the leading directions of what the stored units leave, so that their rounding is made good along with the
     rest. Counts that cannot meet the budget whatever their rounding are skipped.
     """
-    vectors, values = directions(block, np.asarray(block.product, np.float64))
+    vectors, values = directions(block)
     least = int((values > budget * np.sqrt(len(block.w_out))).sum())
     floor = values[0] * 2.0**(4 - np.finfo(block.dtype).nmant) if values.size else 0.0
     certain = min(max(int((values > max(budget / 8, floor)).sum()), 1), limit)
@@ -58,11 +58,16 @@ def _weights(block: Block) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(block.gain, 1e-30)[block.owner, None], block.rad.astype(np.float64)
 
 
-def directions(block: Block, product: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Directions in x that the weighted product depends on, (min(q, n), n), with its singular values."""
+def directions(block: Block) -> tuple[np.ndarray, np.ndarray]:
+    """Directions in x that the weighted product depends on, (at most k, n), with its singular values.
+
+    Both factors are reduced by QR first, so that the decomposition is of a k x k matrix, whatever q and n are.
+    """
     rows, columns = _weights(block)
-    _, values, right = np.linalg.svd(product * rows * columns, full_matrices=False)
-    return _scaled(right, columns), values
+    left = np.linalg.qr(np.asarray(block.w_out, np.float64) * rows, mode="r")
+    basis, right = np.linalg.qr((np.asarray(block.w_in, np.float64) * columns).T)
+    _, values, core = np.linalg.svd(left @ right.T, full_matrices=False)
+    return _scaled(core @ basis.T, columns), values
 
 
 def leading(block: Block, rest: np.ndarray, count: int, rounds: int = 6) -> np.ndarray:
