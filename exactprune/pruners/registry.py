@@ -23,7 +23,9 @@ BUILT_IN = {
     "snip": "snip:Snip", "grasp": "grasp:Grasp", "synflow": "synflow:SynFlow",
     "obd": "obd:Obd", "obs": "obs:Obs", "woodfisher": "woodfisher:WoodFisher",
     "mlprune": "mlprune:MLPrune", "cbs": "cbs:Cbs", "obc": "obc:Obc", "sparsegpt": "sparsegpt:SparseGpt",
-    "wanda": "wanda:Wanda",
+    "wanda": "wanda:Wanda", "nisp": "nisp:Nisp", "lottery": "lottery:Lottery",
+    "set": "set:SparseEvolutionary", "dsr": "dsr:Dsr", "deep-r": "deep_r:DeepR",
+    "epsilon-resnet": "epsilon_resnet:EpsilonResNet",
 }
 _REGISTERED: dict[str, type[Pruner[Any]]] = {}
 
