@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from exactprune.network import Network
     from exactprune.options import CompressOptions, VerifyOptions
     from exactprune.pipeline import Compression, Verification, compress, verify
+    from exactprune.pruning import PruneResult, prune
     from exactprune.report.record import read_run, write_run
 
 _HOME = {
@@ -39,13 +40,14 @@ _HOME = {
     "Network": "network",
     "CompressOptions": "options", "VerifyOptions": "options",
     "Compression": "pipeline", "Verification": "pipeline", "compress": "pipeline", "verify": "pipeline",
+    "PruneResult": "pruning", "prune": "pruning",
     "read_run": "report.record", "write_run": "report.record",
 }
 
 __all__ = [
-    "Box", "CompressOptions", "Compression", "ExactPruneError", "LayerVerdict", "Method", "Network", "Status",
-    "Verification", "VerifyOptions", "__version__", "around", "check", "compress", "load", "load_vnnlib",
-    "of_data", "read_run", "save", "uniform", "verify", "write_run",
+    "Box", "CompressOptions", "Compression", "ExactPruneError", "LayerVerdict", "Method", "Network", "PruneResult",
+    "Status", "Verification", "VerifyOptions", "__version__", "around", "check", "compress", "load", "load_vnnlib",
+    "of_data", "prune", "read_run", "save", "uniform", "verify", "write_run",
 ]
 
 

@@ -97,17 +97,18 @@ def first_masks(problem: Problem, sparsity: float, start: str, generator: torch.
 
 def spread(number: int, weight: list[float], room: list[int]) -> list[int]:
     """``number`` in whole parts in proportion to ``weight``, none above its ``room``; largest remainders round up."""
-    shares = [0] * len(weight)
-    while (left := number - sum(shares)) > 0:
-        free = [i for i in range(len(weight)) if shares[i] < room[i]]
+    full: set[int] = set()
+    while True:
+        left, free = number - sum(room[i] for i in full), [i for i in range(len(room)) if i not in full]
         total = sum(weight[i] for i in free)
         exact = {i: left * weight[i] / total if total > 0 else left / len(free) for i in free}
-        for i in free:
-            shares[i] += min(int(exact[i]), room[i] - shares[i])
-        if sum(shares) == number - left:  # nothing but remainders is left
-            order = sorted((i for i in free if shares[i] < room[i]), key=lambda i: int(exact[i]) - exact[i])
-            for i in order[:left]:
-                shares[i] += 1
+        over = {i for i in free if exact[i] > room[i]}
+        if not over:
+            break
+        full |= over
+    shares = [room[i] if i in full else int(exact[i]) for i in range(len(room))]
+    for i in sorted(free, key=lambda i: int(exact[i]) - exact[i])[:number - sum(shares)]:
+        shares[i] += 1
     return shares
 
 

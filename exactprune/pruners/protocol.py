@@ -52,6 +52,7 @@ class Plan:
         scores: the saliencies, where the method has them; larger means kept.
         units: for methods that remove neurons, name -> True where the output neuron (channel) stays.
         replaced: submodule name -> what takes its place (blocks that became the identity).
+        smaller: a physically smaller module that takes the original's place, from methods that make one.
         notes: sentences for people.
     """
 
@@ -60,6 +61,7 @@ class Plan:
     scores: dict[str, Tensor] | None = None
     units: dict[str, Tensor] | None = None
     replaced: dict[str, nn.Module] = field(default_factory=dict)
+    smaller: nn.Module | None = None
     notes: tuple[str, ...] = ()
 
 
