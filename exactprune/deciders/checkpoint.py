@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import numpy as np
 
@@ -54,14 +56,13 @@ class Checkpoint:
         try:
             content = json.loads(gzip.decompress(self.path.read_bytes()))
             same = content["network"] == cascade.network.sha256 and content["domain"] == cascade.box.sha256
-            if content["format"] == FORMAT and same:
-                lower, upper = ([_unpack(a) for a in content[name]] for name in ("lower", "upper"))
-                reasons = [{int(i): text for i, text in layer.items()} for layer in content["reasons"]]
-                cascade.adopt(content["records"], _unpack(content["points"]), lower, upper, reasons)
-                return True
-        except (OSError, ValueError, KeyError, EOFError) as error:
+            if content["format"] != FORMAT or not same:
+                raise OptionError(f"{self.path}: belongs to another network, domain or version; run without --resume")
+            given = _known(content, [len(layer.status) for layer in cascade.layers])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zlib.error) as error:
             raise OptionError(f"{self.path}: damaged checkpoint ({type(error).__name__}); run without --resume") from None
-        raise OptionError(f"{self.path}: belongs to another network, domain or version; run without --resume")
+        cascade.adopt(*given)
+        return True
 
 
 def _content(cascade: Cascade) -> dict[str, object]:
@@ -74,6 +75,20 @@ def _content(cascade: Cascade) -> dict[str, object]:
     return {"format": FORMAT, "network": cascade.network.sha256, "domain": cascade.box.sha256, "lower": lower, "upper": upper,
             "points": pack(cascade.search.snapshot().points), "records": [p.record(BITS[-1]) for p in cascade.proofs],
             "reasons": [{str(i): text for i, text in layer.reasons.items()} for layer in cascade.layers]}
+
+
+def _known(content: dict[str, Any], sizes: list[int]) -> tuple[list[Any], np.ndarray, list[np.ndarray], list[np.ndarray],
+                                                              list[dict[int, str]]]:
+    """What ``Cascade.adopt`` takes; a ValueError where the file does not have the form that is written."""
+    lower, upper = ([_unpack(a) for a in content[name]] for name in ("lower", "upper"))
+    reasons = [{int(i): str(text) for i, text in layer.items()} for layer in content["reasons"]]
+    records, points = list(content["records"]), _unpack(content["points"])
+    fits = all(a.shape in ((0,), (n,)) and a.shape == b.shape for n, a, b in zip(sizes, lower, upper, strict=True))
+    if not fits or np.isnan(np.concatenate([*lower, *upper, np.zeros(1)])).any() or len(reasons) != len(sizes):
+        raise ValueError("bounds that do not fit the layers")
+    if points.ndim != 2 or not all(isinstance(record, dict) for record in records):
+        raise ValueError("points or records of another form")
+    return records, points, lower, upper, reasons
 
 
 def _unpack(value: dict[str, object]) -> np.ndarray:
