@@ -17,12 +17,15 @@ from typing import Any
 import numpy as np
 
 from exactprune.checker import network, records
+from exactprune.checker.bounds import Bounds
 from exactprune.checker.difference import Difference
 from exactprune.checker.dyadic import Array
 from exactprune.checker.engine import Report, proved
-from exactprune.checker.network import CheckError, Network, OpenShapeError
+from exactprune.checker.network import CheckError, Network, OpenShapeError, UnknownError
 from exactprune.checker.readers import read_network
 from exactprune.checker.records import Json
+
+__all__ = ["Bundle", "BundleReport", "UnknownError", "check_bundle", "check_records", "read"]
 
 FORMAT = "exactprune-bundle/1"
 LEVELS = ("exact", "certified")
@@ -93,23 +96,38 @@ def check_bundle(original: str | Path, compressed: str | Path, bundle: str | Pat
         compressed: the model file of g.
         bundle: the file that ``compress`` wrote beside g.
         input_shape: without batch axis, where a model file leaves it open (the domain's shape is taken otherwise).
+
+    Raises:
+        UnknownError: a model file is of a kind, or holds an operator, that the checker's readers do not know.
     """
     started = time.perf_counter()
     try:
         found = read(records.read_lines(Path(bundle)))
         f, g = (_network(Path(path), input_shape, found.lower.shape) for path in (original, compressed))
         report = _check(f, g, found)
+    except UnknownError:
+        raise
     except CheckError as error:
         report = BundleReport(error=str(error))
     report.seconds = time.perf_counter() - started
     return report
 
 
-def check_records(original: Any, compressed: Any, lines: Iterable[Json]) -> BundleReport:
-    """Check two networks (see ``network.of``) and the records of a bundle."""
+Proved = tuple[Report, Bounds | None]
+
+
+def check_records(original: Any, compressed: Any, lines: Iterable[Json], known: Proved | None = None) -> BundleReport:
+    """Check two networks (see ``network.of``) and the records of a bundle.
+
+    Args:
+        original: f.
+        compressed: g.
+        lines: the records.
+        known: what ``engine.proved`` found for the same f, domain and certificate, to spare doing it again.
+    """
     started = time.perf_counter()
     try:
-        report = _check(network.of(original), network.of(compressed), read(lines))
+        report = _check(network.of(original), network.of(compressed), read(lines), known)
     except CheckError as error:
         report = BundleReport(error=str(error))
     report.seconds = time.perf_counter() - started
@@ -158,7 +176,7 @@ def _header(record: Any) -> Json:
     if records.kind_of(record) != "bundle":
         raise CheckError("the first record is not the header of a bundle")
     names = ("format", "original", "compressed", "domain", "dtype", "level", "eps", "allowed", "tool")
-    values = dict(zip(names, records.fields(record, *names), strict=True))
+    values: Json = dict(zip(names, records.fields(record, *names), strict=True))
     if values["format"] != FORMAT:
         raise CheckError(f"format {values['format']!r}; this checker reads {FORMAT}")
     level, eps = records.choice(values["level"], LEVELS, "level"), values["eps"]
@@ -179,12 +197,12 @@ def _domain(record: Any) -> tuple[Array, Array]:
 # -- checking ----------------------------------------------------------------------------------------------------------
 
 
-def _check(f: Network, g: Network, bundle: Bundle) -> BundleReport:
+def _check(f: Network, g: Network, bundle: Bundle, known: Proved | None = None) -> BundleReport:
     header = bundle.header
     report = BundleReport(level=header["level"], claimed=float(header["eps"]), rewrites=len(bundle.rewrites))
     try:
         _belongs(f, g, bundle)
-        report.certificate, bounds = proved(f, bundle.lower, bundle.upper, bundle.certificate)
+        report.certificate, bounds = known or proved(f, bundle.lower, bundle.upper, bundle.certificate)
         if bounds is None:
             raise CheckError(f"the original's certificate: {report.certificate.error}")
         if report.certificate.rejected:

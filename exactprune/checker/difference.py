@@ -493,8 +493,9 @@ class Difference:
 
 
 def _settled(bounds: Bounds) -> tuple[list[Array], list[Array]]:
-    if len(bounds.lower) != len(bounds.network.relus):
-        raise CheckError("the certificate does not bound every ReLU layer")
+    """Bounds of every ReLU layer, by intervals where the certificate says nothing."""
+    if bounds.network.relus:
+        bounds.reach(len(bounds.network.relus) - 1)
     return [b.copy() for b in bounds.lower], [b.copy() for b in bounds.upper]
 
 
@@ -507,7 +508,7 @@ def _ranges(bounds: Bounds, lower: list[Array], upper: list[Array]) -> dict[int,
             k = bounds.layer_of[position]
             lower[k] = np.maximum(lower[k], given[0][0].reshape(-1))
             upper[k] = np.minimum(upper[k], given[0][1].reshape(-1))
-            given = [tuple(b.reshape(1, *layer.shape) for b in (lower[k], upper[k]))]  # type: ignore[list-item]
+            given = [(lower[k].reshape(1, *layer.shape), upper[k].reshape(1, *layer.shape))]
         ranges[position] = layer.interval(given, True)
         if not all(np.isfinite(b).all() for b in ranges[position]):
             raise CheckError(f"node {position}: its interval bounds leave the range of float64")

@@ -69,23 +69,48 @@ def compress(model: Path, /, *,
 
 
 @app.command
-def check(model: Path, run: Path, /, *, exact: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False,
+def check(model: Path, run: Path, bundle: Path | None = None, /, *,
+          exact: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False,
           input_shape: Annotated[InputShape, Parameter(group=OUTPUT)] = None,
           json: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False,
           quiet: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False) -> int:
-    """Check every verdict of a run from its certificates, without solver and without torch.
+    """Check every verdict of a run, or a smaller model, from certificates, without solver and without torch.
 
     Args:
-        model: The model file the run is about.
-        run: Run folder written by verify.
+        model: The model file the run is about; the original model.
+        run: Run folder written by verify; with a third argument, the smaller model.
+        bundle: Certificate that compress wrote beside the smaller model.
         exact: Integer arithmetic throughout, no float64 filter.
         input_shape: Input shape without batch axis, for example 1,28,28; needed where the file does not say it.
         json: Print the result as one JSON object on stdout, and nothing else there.
         quiet: Print nothing but errors.
     """
-    from exactprune.cli.checking import run_check
+    from exactprune.cli.checking import run_check, run_check_bundle
 
+    if bundle is not None:
+        return run_check_bundle(model, run, bundle, input_shape, json, quiet)
     return run_check(model, run, exact, input_shape, json, quiet)
+
+
+@app.command
+def report(run: Path, /, *, output: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
+           curve: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False,
+           model: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
+           json: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False,
+           quiet: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False) -> int:
+    """Write a run as a page to read: report.html (one file, opens anywhere), report.md and report.json.
+
+    Args:
+        run: Run folder written by verify or compress.
+        output: Folder for the three files; by default the run folder itself.
+        curve: Also compress at several allowed deviations, and show what is left; needs the model.
+        model: Model file for --curve, where it is no longer at the path the run names.
+        json: Print what report.json holds as one JSON object on stdout, and nothing else there.
+        quiet: Print nothing but errors.
+    """
+    from exactprune.cli.report import run_report
+
+    return run_report(run, output, curve, model, json, quiet)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

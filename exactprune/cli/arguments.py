@@ -115,10 +115,12 @@ class CompressFlags:
         max_deviation: exact (identities only), rounding (at most 2^-20 of the largest output found, float32, or 2^-49,
             float64), or a number: the certified maximum of abs(f - g) over the domain.
         samples: Random points, and as many random corners, on which f and g are compared.
+        certificate: Where the certificate bundle goes; OUT.certificate by default.
     """
 
     max_deviation: str = "rounding"
     samples: int = 1000
+    certificate: Path | None = None
 
     def options(self, seed: int) -> CompressOptions:
         """As the Python API's own type."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from exactprune.cli.progress import progress
 from exactprune.domain import Box
 from exactprune.errors import OptionError
 from exactprune.network import Network
-from exactprune.options import VerifyOptions
+from exactprune.options import CompressOptions, VerifyOptions
 
 OUT = (".pt", ".pth", ".onnx", ".pt2", ".npz")
 CHECKPOINT = "checkpoint"
@@ -39,18 +40,38 @@ def run_compress(model: Path, out: Path, change: CompressFlags, flags: DomainFla
     """``exactprune compress``."""
     wanted = change.options(options.seed)
     _check_out(out, model)
+    _check_certificate(change.certificate, model, out)
     network, domain, data, folder = _prepare(model, flags, source, output)
     _check_writable(network, out)
     result = _verify(network, domain, data, options, folder, output)
-    from exactprune.pipeline import compress
-
     with progress(output.quiet or output.json) as shown:
-        smaller = compress(result, options=wanted, data=data, progress=shown)
+        smaller, bundle = _certified(result, wanted, data, shown)
     from exactprune.report.compression import compress_report, write_compression
 
-    summary = write_compression(smaller, folder, _write_run(result, folder, model), model, out)
+    certificate = change.certificate or out.with_name(f"{out.name}.certificate")
+    summary = write_compression(smaller, folder, _write_run(result, folder, model), model, out, (bundle, certificate))
     _show(summary, compress_report(summary, str(folder)), output)
     return 0
+
+
+def _certified(result: Any, wanted: CompressOptions, data: np.ndarray | None, shown: Any) -> tuple[Any, Any]:
+    """A compression with the level that the independent checker accepts.
+
+    Where that is not within what was allowed, only exact rewrites are kept; where there is no proof at all, nothing is
+    claimed beyond what was measured.
+    """
+    from exactprune.compress.bundle import bundle
+    from exactprune.compress.levels import measured
+    from exactprune.pipeline import compress
+
+    for options in (wanted, replace(wanted, max_deviation="exact")):
+        smaller = compress(result, options=options, data=data, progress=shown)
+        shown.stage("certificate")
+        found = bundle(smaller.original, smaller.domain, smaller.rewrite, result.records, result.layers)
+        if found.level is not None and found.level.eps <= max(smaller.rewrite.budget, smaller.rewrite.eps):
+            break
+    level = found.level or measured(smaller.agreement.largest, smaller.agreement.inputs)
+    return replace(smaller, level=level), found
 
 
 # -- before ------------------------------------------------------------------------------------------------------
@@ -97,6 +118,12 @@ def _check_out(out: Path, model: Path) -> None:
         raise OptionError(f"--out {out}: cannot be written there; name a file in an existing folder")
     if out.exists() and model.exists() and out.samefile(model):
         raise OptionError(f"--out {out}: is the model itself; name another file")
+
+
+def _check_certificate(path: Path | None, model: Path, out: Path) -> None:
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir() or path.absolute() in
+                             (model.absolute(), out.absolute())):
+        raise OptionError(f"--certificate {path}: cannot be written there; name a file of its own in an existing folder")
 
 
 def _check_writable(network: Network, out: Path) -> None:

@@ -13,15 +13,16 @@ import gzip
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from exactprune.checker import records as reading
-from exactprune.checker.bundle import FORMAT, BundleReport, check_records
+from exactprune.checker.bundle import FORMAT, BundleReport, Proved, check_records
+from exactprune.checker.engine import proved
 from exactprune.claim import LayerVerdict, Status
-from exactprune.compress.levels import Kind, Level, certified
+from exactprune.compress.levels import Kind, Level, certified, upward
 from exactprune.compress.rewrite import Rewrite
 from exactprune.compress.units import units_of
 from exactprune.deciders.proofs import crown_record, pack, pack_integers
@@ -62,7 +63,7 @@ class Bundle:
         """What the checker made of the claim, in one sentence."""
         if self.level is None:
             return f"the independent checker does not accept {self.claimed}: {self.report.error}"
-        found = f"the independent checker proves abs(f - g) <= {self.report.deviation:.3g} from the files alone"
+        found = f"the independent checker proves abs(f - g) <= {upward(self.report.deviation)} from the files alone"
         return found if self.level == self.claimed else f"{found}; claimed were {self.claimed}, so the claim is lowered"
 
 
@@ -77,27 +78,40 @@ def bundle(network: Network, domain: Box, rewrite: Rewrite, certificate: Sequenc
         certificate: records of the original's verdicts, header first.
         verdicts: of the original.
     """
-    hints, proof = list(_hints(network, rewrite, verdicts)), list(restricted(certificate))
-    found = _checked(network, domain, rewrite, hints, proof, rewrite.level)
+    hints, proof = list(_hints(network, rewrite)), list(restricted(certificate))
+    claim = _Claim(network, domain, rewrite, hints)
+    found = claim.judged(proof, rewrite.level)
     if not found.report.accepted:
         tighter = [*proof, *_tightening(verdicts)]
-        again = _checked(network, domain, rewrite, hints, tighter, rewrite.level)
+        again = claim.judged(tighter, rewrite.level)
         better = again.report.accepted or again.report.deviation < found.report.deviation
         found, proof = (again, tighter) if better else (found, proof)
     deviation = found.report.deviation
     if found.report.accepted or not np.isfinite(deviation):
         return found
-    return _checked(network, domain, rewrite, hints, proof, certified(float(np.nextafter(deviation * 1.001, np.inf))),
-                    rewrite.level)
+    return claim.judged(proof, certified(float(np.nextafter(deviation * 1.001, np.inf))))
 
 
-def _checked(network: Network, domain: Box, rewrite: Rewrite, hints: Sequence[Record], proof: Sequence[Record],
-             level: Level, claimed: Level | None = None) -> Bundle:
-    steps = [{"record": "rewrite", **step} for step in rewrite.rewrites]
-    tool = dict(proof[0].get("tool", {})) if proof else {}
-    records = (_header(network, domain, rewrite, level, tool), _domain(domain), *steps, *hints, *proof)
-    report = check_records(network, rewrite.network, iter(records))
-    return Bundle(level if report.accepted else None, claimed or level, records, report)
+@dataclass(frozen=True, eq=False)
+class _Claim:
+    """What a bundle is about; the certificate of f is checked once for each set of its records."""
+
+    network: Network
+    domain: Box
+    rewrite: Rewrite
+    hints: Sequence[Record]
+    known: dict[int, Proved] = field(default_factory=dict)
+
+    def judged(self, proof: Sequence[Record], level: Level) -> Bundle:
+        """The bundle that claims ``level``, and what the checker says."""
+        if len(proof) not in self.known:
+            self.known[len(proof)] = proved(self.network, self.domain.lower, self.domain.upper, iter(proof))
+        steps = [{"record": "rewrite", **step} for step in self.rewrite.rewrites]
+        tool = dict(proof[0].get("tool", {})) if proof else {}
+        records = (_header(self.network, self.domain, self.rewrite, level, tool), _domain(self.domain), *steps,
+                   *self.hints, *proof)
+        report = check_records(self.network, self.rewrite.network, iter(records), self.known[len(proof)])
+        return Bundle(level if report.accepted else None, self.rewrite.level, records, report)
 
 
 def _header(network: Network, domain: Box, rewrite: Rewrite, level: Level, tool: Record) -> Record:
@@ -139,7 +153,7 @@ def _tightening(verdicts: Sequence[LayerVerdict]) -> Iterator[Record]:
 # -- hints -------------------------------------------------------------------------------------------------------------
 
 
-def _hints(network: Network, rewrite: Rewrite, verdicts: Sequence[LayerVerdict]) -> Iterator[Record]:
+def _hints(network: Network, rewrite: Rewrite) -> Iterator[Record]:
     axes = units_of(network).axis
     lines = {layer: _lines(rewrite, layer, "relax") for layer in range(len(network.relus))}
     for layer, position in enumerate(network.relus):

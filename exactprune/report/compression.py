@@ -19,15 +19,18 @@ from exactprune.report.strict import jsonable, pretty
 from exactprune.report.tables import Report, before_after_table, removal_table, size_words
 
 if TYPE_CHECKING:
+    from exactprune.compress.bundle import Bundle
     from exactprune.pipeline import Compression
+
+    Certificate = tuple[Bundle, Path]
 
 SCHEMA = "exactprune-compression/1"
 FILE = "compression.json"
 
 
 def write_compression(compression: Compression, folder: Path, run: Mapping[str, Any], model: Path,
-                      out: Path) -> dict[str, Any]:
-    """Save the smaller model and write compression.json into the run folder.
+                      out: Path, certificate: Certificate | None = None) -> dict[str, Any]:
+    """Save the smaller model and its certificate, and write compression.json into the run folder.
 
     Args:
         compression: the result.
@@ -35,6 +38,7 @@ def write_compression(compression: Compression, folder: Path, run: Mapping[str, 
         run: run.json of the verification it rests on.
         model: file of the original.
         out: file for the smaller model.
+        certificate: the bundle and the file it goes to.
 
     Returns:
         What compression.json holds, with run.json under ``run``.
@@ -42,9 +46,21 @@ def write_compression(compression: Compression, folder: Path, run: Mapping[str, 
     from exactprune.io import save
 
     save(compression.network, out)
-    summary = summarise_compression(compression, model, out)
+    summary = summarise_compression(compression, model, out) | {"certificate": _certified(certificate)}
     write_bytes(folder / FILE, pretty(summary).encode())
     return {**summary, "run": dict(run)}
+
+
+def _certified(certificate: Certificate | None) -> dict[str, Any] | None:
+    """Write the bundle; what is said about it. A claim without proof has no file."""
+    if certificate is None:
+        return None
+    bundle, path = certificate
+    content = bundle.data if bundle.level is not None else b""
+    if content:
+        write_bytes(path, content)
+    return jsonable({"path": str(path) if content else None, "bytes": len(content), "claimed": str(bundle.claimed),
+                     "words": bundle.words, "checked": bundle.report.as_dict()})
 
 
 def summarise_compression(compression: Compression, model: Path, out: Path) -> dict[str, Any]:
@@ -87,8 +103,21 @@ def compress_words(summary: Mapping[str, Any], folder: str) -> list[str]:
         lines.append(f"Unknown neurons: {summary['run']['totals']['unknown']:,}; nothing is removed on unknown.")
     if summary["dead_inputs"]:
         lines.append(f"Inputs that nothing reads: {summary['dead_inputs']:,}; they stay, so that the interface does.")
-    return [*lines, f"Smaller model: {summary['out']['path']}", f"Run folder:    {folder}",
-            f"Check it:      exactprune check {quote(summary['model']['path'])} {quote(folder)}"]
+    lines += [f"Smaller model: {summary['out']['path']}", f"Run folder:    {folder}",
+              f"Check it:      exactprune check {quote(summary['model']['path'])} {quote(folder)}"]
+    return lines + _certificate_words(summary)
+
+
+def _certificate_words(summary: Mapping[str, Any]) -> list[str]:
+    certificate = summary["certificate"]
+    if certificate is None:
+        return []
+    words = certificate["words"]
+    if certificate["path"] is None:
+        return [f"No certificate: {words}."]
+    paths = " ".join(quote(p) for p in (summary["model"]["path"], summary["out"]["path"], certificate["path"]))
+    return [f"Certificate:   {certificate['path']} ({size_words(certificate['bytes'])}): {words}.",
+            f"Check all:     exactprune check {paths}"]
 
 
 def _without_kind(words: str) -> str:
@@ -102,10 +131,22 @@ def _sizes(c: Compression, model: Path, out: Path) -> dict[str, dict[str, int]]:
 
 
 def _removed(c: Compression) -> list[dict[str, Any]]:
-    left, new = _left(c)
+    from exactprune.compress.units import units_of
+
+    (left, new), axes = _left(c), units_of(c.original).axis
     return [{"layer": v.layer, "node": v.node, "neurons": v.status.size, "new": new[v.layer], "left": left[v.layer],
-             "removed": v.status.size + new[v.layer] - left[v.layer], "rules": _rules(c, v.layer)}
+             "removed": v.status.size + new[v.layer] - left[v.layer], "rules": _rules(c, v.layer),
+             "axis": axes[c.original.relus[v.layer]], "gone": _gone(c, v.layer)}
             for v in c.verification.layers]
+
+
+def _gone(c: Compression, layer: int) -> list[dict[str, Any]]:
+    """The units of a layer that went, by rule and level, in the order of the rewrites."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for removal in c.rewrite.removals:
+        if removal.layer == layer:
+            groups.setdefault((removal.rule, str(removal.level)), []).append(removal.index)
+    return [{"rule": rule, "level": level, "units": sorted(units)} for (rule, level), units in groups.items()]
 
 
 def _left(c: Compression) -> tuple[Counter[int], Counter[int]]:
