@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -39,11 +38,12 @@ def test_starting_imports_nothing_heavy(code):
 
 @pytest.mark.parametrize("arguments", [["-c", "import exactprune"], ["-m", "exactprune", "--help"]])
 def test_starting_takes_under_the_budget(arguments):
-    times = []
+    times = []  # processor seconds, which a busy machine does not stretch
     for _ in range(5):
-        start = time.perf_counter()
+        before = os.times()
         subprocess.run([sys.executable, *arguments], capture_output=True, check=True, cwd=ROOT)
-        times.append(time.perf_counter() - start)
+        after = os.times()
+        times.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert min(times) < BUDGET, times
 
 
@@ -53,8 +53,8 @@ def test_every_public_name_is_there_and_is_documented():
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'prune'"):
-        _ = exactprune.prune
+    with pytest.raises(AttributeError, match="no attribute 'gurobi'"):
+        _ = exactprune.gurobi
     assert "verify" in dir(exactprune)
 
 

@@ -8,6 +8,7 @@ gives up on comes back with an error. Workers need the same version of exactprun
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
@@ -62,8 +63,9 @@ class DaskExecutor(Executor):
         return self._executor.submit(function, *args)
 
     def close(self) -> None:
-        """See ``Executor.close``."""
-        self._executor.shutdown(wait=False)
+        """See ``Executor.close``. A cluster that is gone already is no error: there is nothing left to release."""
+        with contextlib.suppress(OSError, RuntimeError, TimeoutError):
+            self._executor.shutdown(wait=False)
         self._client.close()
 
 

@@ -37,7 +37,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                                 start_new_session=True)
 
     scheduler = start("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
-                      "--idle-timeout", "120",
+                      "--idle-timeout", "1800",
                       "--scheduler-file", str(file))
     deadline = time.time() + 60
     while not (file.exists() and file.read_text().strip()) and time.time() < deadline:
