@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Event
 from time import monotonic, perf_counter
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -35,6 +37,7 @@ from exactprune.errors import OptionError, ShapeError
 from exactprune.network import Network
 from exactprune.options import CompressOptions, VerifyOptions
 
+CANCELLED = "cancelled"  # what executors say of a task that was never started
 _PACKAGES = ("exactprune", "torch", "numpy", "highspy")
 
 
@@ -263,13 +266,15 @@ def _check_device(device: str) -> None:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+
+
+@cache
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _hardware(options: VerifyOptions) -> dict[str, str | int]:
@@ -299,21 +304,47 @@ class _runner:  # noqa: N801 - used as a context manager function
 
         if self.executor is None:
             self.executor = get_executor(self.options.executor, self.options.jobs)
-        end = monotonic() + max((task.seconds for task in tasks), default=0.0)
-        for result in self.executor.run(_task_until, [(end, monotonic(), task) for task in tasks], shared=setting):
+        until = _Deadline(max((task.seconds for task in tasks), default=0.0))
+        batch = uuid4().hex
+        for result in self.executor.run(_task_until, [(batch, task) for task in tasks], shared=setting, cancel=until):
             if result.value is not None:
                 yield result.index, result.value
             else:
-                yield result.index, failed(tasks[result.index], result.error)
+                late = until.is_set() and result.error == CANCELLED
+                yield result.index, failed(tasks[result.index], "time limit before it was tried" if late else result.error)
 
     def __exit__(self, *error: object) -> None:
         if self.executor is not None:
             self.executor.close()
 
 
-def _task_until(setting: Setting, item: tuple[float, float, Task]) -> TaskResult:
-    _, _, task = item
-    return run_task(setting, task)
+class _Deadline(Event):
+    """Is set when so many seconds have passed: tasks that have not begun by then are cancelled."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._end = monotonic() + seconds
+
+    def is_set(self) -> bool:
+        """Whether the time is up."""
+        return super().is_set() or monotonic() >= self._end
+
+
+_BATCH: dict[str, float] = {}  # in a worker: when it met the latest batch, by its own clock
+
+
+def _task_until(setting: Setting, item: tuple[str, Task]) -> TaskResult:
+    """A task within what is left of its batch's time limit.
+
+    Clocks of different machines cannot be compared, so a worker counts from its first task of the batch, which starts when
+    the batch does on workers that are there by then.
+    """
+    batch, task = item
+    if batch not in _BATCH:
+        _BATCH.clear()
+        _BATCH[batch] = monotonic()
+    left = max(0.01, task.seconds - (monotonic() - _BATCH[batch]))
+    return run_task(setting, replace(task, seconds=left))
 
 
 def failed(task: Task, error: str) -> TaskResult:

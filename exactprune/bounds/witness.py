@@ -40,6 +40,7 @@ Progress = Callable[[str, int, int], None]
 GRID_BITS = 14
 CHUNK = {"cpu": 512, "cuda": 8192}
 POOL = 256
+FIRST_SAMPLES = 64
 COVER_LIMIT = 1 << 26
 ALL_CORNERS = 12
 HOT_COLD_LONG_SHORT = ((-3.0, 0.5), (-3.0, 0.0), (-1.0, 0.0), (-3.0, -1.3))
@@ -318,15 +319,18 @@ class WitnessSearch:
         return self.try_points(self.quantise(points), Method.DATA) + self.try_points(points, Method.DATA)
 
     def sample(self, count: int = 1024) -> int:
-        """Random points; see ``random_points``. Few inputs: all corners too. Returns the number of new witnesses."""
+        """Random points (see ``random_points``), at most ``count``, in growing batches until one shows nothing new.
+
+        Few inputs: all corners too. Returns the number of new witnesses.
+        """
         found = 0
         if self.forward.inputs <= ALL_CORNERS:
             found = self.try_points(self._all_corners(), Method.SAMPLE)
-        rows = self._rows(None)
-        for start in range(0, count, rows):
-            if not self.missing():
-                break
-            found += self.try_points(self.random_points(min(rows, count - start)), Method.SAMPLE)
+        done, size, fresh = 0, FIRST_SAMPLES, 1
+        while done < count and fresh and self.missing():
+            size = min(size, count - done)
+            fresh = self.try_points(self.random_points(size), Method.SAMPLE)
+            found, done, size = found + fresh, done + size, min(2 * size, self._rows(None))
         return found
 
     def random_points(self, count: int) -> Tensor:

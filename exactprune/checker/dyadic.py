@@ -171,6 +171,15 @@ def matrix(values: Array, exponent: int, terms: int) -> Matrix:
     return Matrix(tuple(_limbs(values, bits)), width(values), exponent, terms)
 
 
+def signed_matrices(values: Array, exponent: int, terms: int) -> tuple[Matrix, Matrix, Matrix]:
+    """``matrix`` of the values, of max(values, 0) and of min(values, 0): the limbs of the first, masked by sign."""
+    whole = matrix(values, exponent, terms)
+    positive, negative = (
+        Matrix(tuple((np.where(mask, limb, 0.0), shift) for limb, shift in whole.limbs), whole.width, exponent, terms)
+        for mask in (values > 0, values < 0))
+    return whole, positive, negative
+
+
 def product(values: Array, right: Matrix, transpose: bool = False, finish: Callable[[Array],
                                                                                     Array] = lambda x: x) -> Array:
     """``finish(values @ right)`` (or ``right.T``), exactly: integers (..., m, k) times (..., k, n).

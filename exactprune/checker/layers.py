@@ -337,28 +337,36 @@ class Linear(Layer):
 
     # weights as integers
 
-    def _matrices(self, values: Array, exponent: int) -> tuple[Matrix, Matrix, Matrix]:
-        return tuple(dyadic.matrix(part, exponent, self.terms)
-                     for part in (values, np.maximum(values, 0), np.minimum(values, 0)))  # type: ignore[return-value]
-
     @cached_property
     def _exact(self) -> tuple[Matrix, Matrix, Matrix]:
-        return self._matrices(*dyadic.exact_int(self.weight))
+        return dyadic.signed_matrices(*dyadic.exact_int(self.weight), self.terms)
 
     def prepare(self, lower: Array, upper: Array) -> None:
+        """Keep the input's range; what depends on it is computed when it is needed."""
+        self._lower, self._size = lower, np.maximum(np.abs(lower), np.abs(upper))
+        self.__dict__.pop("_rounded", None)
+
+    @cached_property
+    def _rounded(self) -> tuple[tuple[Matrix, Matrix, Matrix], tuple[Array, Array]]:
         """Weights on a grid, and what that can change in y as an interval around the bias."""
-        self._lower = lower
         bits = dyadic.WORD - BITS - 2 - self.terms.bit_length()
         exponent = int(np.frexp(np.abs(self.weight).max(initial=0.0))[1]) - bits
         values = np.rint(np.ldexp(self.weight, -exponent))
         missed = (np.ldexp(values, exponent) != self.weight).astype(np.int64)
-        self._coarse = self._matrices(values.astype(np.int64), exponent)
-        size = np.maximum(np.abs(lower), np.abs(upper))
-        grid = int(np.frexp(size.max(initial=0.0))[1]) - 20
-        touched = self._apply(dyadic.scale_up(size, -grid), dyadic.matrix(missed, 0, self.terms))
+        grid = int(np.frexp(self._size.max(initial=0.0))[1]) - 20
+        touched = self._apply(dyadic.scale_up(self._size, -grid), dyadic.matrix(missed, 0, self.terms))
         error = np.ldexp(np.nextafter(touched.astype(np.float64), np.inf), grid + exponent)  # abs(missed) < 2**exponent
         error = np.where(touched == 0, 0.0, np.maximum(error, 2.0**dyadic.TINY))
-        self._bias = -dyadic.add_up(-self.bias, error), dyadic.add_up(self.bias, error)
+        bias = -dyadic.add_up(-self.bias, error), dyadic.add_up(self.bias, error)
+        return dyadic.signed_matrices(values.astype(np.int64), exponent, self.terms), bias
+
+    @property
+    def _coarse(self) -> tuple[Matrix, Matrix, Matrix]:
+        return self._rounded[0]
+
+    @property
+    def _bias(self) -> tuple[Array, Array]:
+        return self._rounded[1]
 
     # the three questions
 

@@ -162,8 +162,8 @@ class Cascade:
         with self._stage("witnesses"):
             if self.data is not None:
                 self.search.data(self.data)
+            self.search.corners()  # those of the first layer show most signs of all layers
             self.search.sample(1024)
-            self.search.corners()
         for layer in range(self.program.layers):
             self._bounds(layer)
         for layer in range(self.program.layers):

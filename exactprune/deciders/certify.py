@@ -7,6 +7,7 @@ stable depends on our own floating point.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -238,11 +239,5 @@ def claims_record(layer: int, status: np.ndarray) -> Record:
     return {"record": "verdicts", "layer": layer, **lists}
 
 
-def _size(value: Any) -> int:
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(len(k) + _size(v) for k, v in value.items())
-    if isinstance(value, list | tuple):
-        return sum(_size(v) for v in value) + 2
-    return 8
+def _size(record: Record) -> int:
+    return len(json.dumps(record))

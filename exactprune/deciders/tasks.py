@@ -131,7 +131,7 @@ def run_task(setting: Setting, task: Task) -> TaskResult:
     refuter = _Refuter(ready.forward, ready.errors, setting.layer)
     deadline = monotonic() + task.seconds
     limits = Limits(deadline, nodes=task.nodes, lp_after=task.lp_after, batch=_batch(program, rows, setting.memory))
-    search = BranchAndBound(program, known, rows, refuter, limits, _node_lp(setting, deadline))
+    search = BranchAndBound(program, known, rows, refuter, limits, _node_lp(setting, deadline, ready.state.at(setting.layer)))
     return TaskResult(tuple(search.run()), refuter.points())
 
 
@@ -160,8 +160,11 @@ class _Refuter:
         return np.array(list(self.found.values())).reshape(-1, self.forward.inputs)
 
 
-def _node_lp(setting: Setting, deadline: float) -> NodeLP | None:
-    """LP relaxations of nodes, on one warm LP that is built when first needed; None where bounds have overflowed."""
+def _node_lp(setting: Setting, deadline: float, interval: NodeBounds) -> NodeLP | None:
+    """LP relaxations of nodes, on one warm LP that is built when first needed; None where bounds have overflowed.
+
+    ``interval`` bounds the asked layer: an LP that is cut short may know less.
+    """
     if not all(np.isfinite(bounds).all() for bounds in (*setting.lower[: setting.layer], *setting.upper[: setting.layer])):
         return None
     built: list[LayerLP] = []
@@ -179,7 +182,7 @@ def _node_lp(setting: Setting, deadline: float) -> NodeLP | None:
         multipliers = Multipliers(neurons, {k: m.values[None] for k, m in found.multipliers.items()})
         point = None if found.point is None else np.clip(found.point.reshape(-1), setting.box.lower.reshape(-1),
                                                          setting.box.upper.reshape(-1))
-        bound = sign * found.value
+        bound = min(sign * found.value, float(interval.upper[0, neuron] if sign > 0 else -interval.lower[0, neuron]))
         return Relaxed(bound if np.isfinite(bound) else float("inf"), multipliers if neurons else None, point)
 
     return solve
