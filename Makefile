@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: all test test-slow lint bench soundness models clean
+.PHONY: all test test-slow lint bench soundness models bench-models clean
 all: lint test
 
 .venv/.installed: pyproject.toml
@@ -30,6 +30,9 @@ soundness: .venv/.installed  ## 20,000 random networks against exact rational ev
 
 models: .venv/.installed  ## train models/ again
 	$(BIN)/python models/train.py
+
+bench-models: .venv/.installed  ## networks that only benchmarks need, too large to commit
+	$(BIN)/python models/train.py --bench
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

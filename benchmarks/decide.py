@@ -4,9 +4,10 @@
     python benchmarks/decide.py --only fashion_2x100,acas1_1_p1 --limit 120
 
 One process, one thread, the same time limit for everyone; verdicts are compared wherever two sides have one. Raw
-numbers go to ``reports/decide/`` (JSON and CSV), a table to the screen. See benchmarks/rivals.py for what the rivals
-are and how those that do not finish are extrapolated. Ratios are of processor seconds, which a busy machine does not
-distort; wall-clock seconds stand next to them.
+numbers go to ``reports/decide/`` (JSON and CSV) after every method, a table to the screen; what is there already and
+was not asked for again stays, so that a long comparison can be made in parts. See benchmarks/rivals.py for what the
+rivals are and how those that do not finish are extrapolated. Ratios are of processor seconds, which a busy machine
+distorts little; wall-clock seconds stand next to them.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ import os
 import platform
 import statistics
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import rivals
 import torch
-from rivals import Clock, Result, measured
+from rivals import Result
 
 import exactprune
 from exactprune.claim import Status
@@ -37,11 +40,12 @@ from exactprune.options import VerifyOptions
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("EXACTPRUNE_SHARED", ROOT.parent / "shared"))
 FASHION = Path("/usr/share/datasets/fashion-mnist")
-RIVALS = ("isa", "leo", "isa, interval", "isa, our bounds", "leo, our bounds")
-GIVEN = RIVALS[3:]
-COLUMNS = ("wall", "cpu", "finished", "asked", "total", "decided", "contradictions", "ratio cpu")
+GIVEN = ("isa, our bounds", "leo, our bounds")
+RIVALS = ("isa", "leo", *GIVEN, "isa, interval", "isa, gurobi")
+COLUMNS = ("wall", "cpu", "finished", "asked", "total", "decided")
 NOTE = ("Processor seconds, one thread. ~ extrapolated from a sample; > a lower bound: parts of the sample hit "
-        "their limit.")
+        "their limit. Ratios to ours with certificate and check; for rivals given our bounds, which prove nothing, to "
+        "ours without.")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -84,94 +88,108 @@ def samples(case: Case, network: Network, box: Box, count: int) -> tuple[np.ndar
     ), f"{count} random points and corners"
 
 
-def ours(network: Network, box: Box, limit: float) -> tuple[Result, dict[str, object]]:
-    clock = Clock()
-    with measured(clock):
-        result = exactprune.verify(network, box, VerifyOptions(time_limit=limit))
-    statuses = {(k, i): Status(int(s)) for k, layer in enumerate(result.layers) for i, s in enumerate(layer.status)
-                if s != Status.UNKNOWN}
-    neurons = result.totals["neurons"]
-    return Result(clock.wall, clock.cpu, result.totals["unknown"] == 0, "", neurons, neurons, statuses), {
-        "totals": result.totals, "checker seconds": (result.check or {}).get("seconds"),
-        "stages": {s.name: round(s.seconds, 4) for s in result.stages}}
+class Marks:
+    """Progress that notes when the certificate begins: what comes before is what the rivals do too."""
+
+    def __init__(self) -> None:
+        self.searched = (time.perf_counter(), time.process_time())
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        if name == "certificate":
+            self.searched = (time.perf_counter(), time.process_time())
+
+    def advance(self, count: int = 1) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
 
-def contradictions(mine: Result, other: Result) -> int:
-    return sum(mine.statuses[at] is not status for at, status in other.statuses.items() if at in mine.statuses)
+def ours(network: Network, box: Box, limit: float, repeat: int) -> dict[str, object]:
+    """Median of up to ``repeat`` runs (by processor seconds), with the verdicts."""
+    runs = []
+    while len(runs) < repeat and sum(r["wall"] for r in runs) < 60:
+        marks, wall, cpu = Marks(), time.perf_counter(), time.process_time()
+        result = exactprune.verify(network, box, VerifyOptions(time_limit=limit), progress=marks)
+        runs.append({
+            "wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu,
+            "wall, no certificate": marks.searched[0] - wall, "cpu, no certificate": marks.searched[1] - cpu,
+            "finished": result.totals["unknown"] == 0, "totals": result.totals,
+            "accepted": (result.check or {}).get("accepted"), "checker wall": (result.check or {}).get("seconds"),
+            "stages": {s.name: round(s.seconds, 4) for s in result.stages},
+            "statuses": ["".join(str(int(s)) for s in layer.status) for layer in result.layers]})
+    runs.sort(key=lambda r: r["cpu"])
+    return {**runs[(len(runs) - 1) // 2], "runs": len(runs), "cpu of all runs": [round(r["cpu"], 4) for r in runs]}
 
 
-def run(case: Case, limit: float, each: float, chosen: set[str], points: int) -> dict[str, object]:
+def contradictions(mine: dict, statuses: dict[tuple[int, int], Status]) -> list[list[int]]:
+    """(layer, neuron, ours, theirs) where both decided, differently."""
+    known = {(k, i): int(s) for k, layer in enumerate(mine["statuses"]) for i, s in enumerate(layer) if s != "0"}
+    return [[*at, known[at], int(s)] for at, s in statuses.items() if at in known and known[at] != int(s)]
+
+
+def rival(name: str, network: Network, box: Box, data: np.ndarray, limit: float, each: float) -> Result | str:
+    """One rival's run; a string says why there is none."""
+    if name == "isa":
+        return rivals.isa_published(network, box, data, limit)
+    if name == "leo":
+        return rivals.leo_published(network, box, limit, each)
+    if name == "isa, interval":
+        return rivals.isa_interval(network, box, data, limit)
+    if name == "isa, gurobi":
+        return rivals.gurobi_isa(network, box, data, limit)
+    given = rivals.known(network, box)
+    r = rivals.isa_given(network, box, given, limit) if name == GIVEN[0] else \
+        rivals.leo_given(network, box, given, limit, each)
+    return replace(r, wall=r.wall + given.clock.wall, cpu=r.cpu + given.clock.cpu)
+
+
+def run(case: Case, row: dict, chosen: Sequence[str], given: argparse.Namespace) -> Iterator[dict]:
+    """The case's row, after each method; what is in the row already and was not chosen stays."""
     network, box = case.load()
-    mine, detail = ours(network, box, limit)
-    data, words = samples(case, network, box, points)
-    found: dict[str, Result] = {}
-    if "isa" in chosen:
-        found["isa"] = rivals.isa_published(network, box, data, limit)
-    if "leo" in chosen:
-        found["leo"] = rivals.leo_published(network, box, limit, each)
-    if "isa, interval" in chosen:
-        found["isa, interval"] = rivals.isa_interval(network, box, data, limit)
-    if chosen & set(GIVEN):
-        given = rivals.known(network, box)
-        for name, run_rival in ((GIVEN[0], lambda: rivals.isa_given(network, box, given, limit)),
-                                (GIVEN[1], lambda: rivals.leo_given(network, box, given, limit, each))):
-            if name in chosen:
-                result = run_rival()
-                result.wall, result.cpu = result.wall + given.clock.wall, result.cpu + given.clock.cpu
-                found[name] = result
-    gurobi = rivals.gurobi_isa(network, box, data, limit)
-    return {
-        "case": case.name,
-        "neurons": network.neurons,
-        "samples": words,
-        "gurobi": gurobi if isinstance(gurobi, str) else gurobi.wall,
-        "ours": {"wall": mine.wall, "cpu": mine.cpu, "finished": mine.finished, **detail},
-        "rivals": {
-            name: {
-                "wall": r.wall,
-                "cpu": r.cpu,
-                "finished": r.finished,
-                "note": r.note,
-                "asked": r.asked,
-                "total": r.total,
-                "decided": len(r.statuses),
-                "contradictions": contradictions(mine, r),
-                "ratio cpu": r.cpu / mine.cpu,
-                "ratio wall": r.wall / mine.wall,
-            }
-            for name, r in found.items()
-        },
-    }
+    data, words = samples(case, network, box, given.samples)
+    row = {"case": case.name, "neurons": network.neurons, "samples": words, "rivals": {}} | row
+    if "ours" in chosen or "ours" not in row:
+        row["ours"] = ours(network, box, given.limit, given.repeat)
+        yield row
+    for name in [n for n in RIVALS if n in chosen]:
+        print(f"  {name}", file=sys.stderr, flush=True)
+        load = os.getloadavg()[0]
+        r = rival(name, network, box, data, given.limit, given.each)
+        row["rivals"][name] = {"note": r} if isinstance(r, str) else {
+            "wall": r.wall, "cpu": r.cpu, "finished": r.finished, "note": r.note, "asked": r.asked, "total": r.total,
+            "decided": len(r.statuses), "contradictions": contradictions(row["ours"], r.statuses),
+            "limit": given.limit, "each": given.each, "load": load}
+        yield row
+
+
+def ratio(row: dict, name: str) -> float:
+    """A rival's processor seconds in units of ours; those given our bounds are compared without certificates."""
+    mine = row["ours"]["cpu, no certificate" if name in GIVEN else "cpu"]
+    return row["rivals"][name]["cpu"] / mine
+
+
+def has(row: dict, name: str) -> bool:
+    return "cpu" in row["rivals"].get(name, {})
+
+
+def mark(r: dict) -> str:
+    return "" if r["finished"] else ">" if "lower" in r["note"] else "~"
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| network | neurons | ours [s] | unknown | " + " | ".join(f"{n} [s] (ratio)" for n in RIVALS) + " |",
-             "|---" * (4 + len(RIVALS)) + "|"]
+    names = [n for n in RIVALS if any(has(row, n) for row in rows)]
+    head = ["network", "neurons", "unknown", "ours [s]", "no certificate [s]", *(f"{n} [s] (ratio)" for n in names)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
-        cells = []
-        for name in RIVALS:
-            r = row["rivals"].get(name)
-            mark = "" if r is None else "" if r["finished"] else ">" if "lower" in r["note"] else "~"
-            cells.append("" if r is None else f"{mark}{r['cpu']:.1f} ({mark}{r['ratio cpu']:.0f}x)")
-        lines.append(
-            f"| {row['case']} | {row['neurons']} | {row['ours']['cpu']:.2f} | {row['ours']['totals']['unknown']} | "
-            + " | ".join(cells)
-            + " |"
-        )
-    medians = [_median(rows, name) for name in RIVALS]
-    return "\n".join(
-        [
-            *lines,
-            "| median | | | | " + " | ".join(medians) + " |",
-            "",
-            NOTE,
-        ]
-    )
-
-
-def _median(rows: list[dict], name: str) -> str:
-    ratios = [row["rivals"][name]["ratio cpu"] for row in rows if name in row["rivals"]]
-    return f"{statistics.median(ratios):.0f}x" if ratios else ""
+        mine = row["ours"]
+        cells = [f"{mark(r := row['rivals'][n])}{r['cpu']:.3g} ({mark(r)}{ratio(row, n):.3g}x)" if has(row, n) else ""
+                 for n in names]
+        first = [row["case"], row["neurons"], mine["totals"]["unknown"], f"{mine['cpu']:.3f}",
+                 f"{mine['cpu, no certificate']:.3f}"]
+        lines.append("| " + " | ".join(map(str, [*first, *cells])) + " |")
+    medians = [f"{statistics.median(ratio(row, n) for row in rows if has(row, n)):.3g}x" for n in names]
+    least = [f"{min(ratio(row, n) for row in rows if has(row, n)):.3g}x" for n in names]
+    return "\n".join([*lines, f"| median | | | | | {' | '.join(medians)} |", f"| least | | | | | {' | '.join(least)} |",
+                      "", NOTE])
 
 
 def write(rows: list[dict], folder: Path, settings: dict[str, object]) -> None:
@@ -180,38 +198,48 @@ def write(rows: list[dict], folder: Path, settings: dict[str, object]) -> None:
     (folder / "decide.md").write_text(table(rows) + "\n")
     with (folder / "decide.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["case", "neurons", "method", *COLUMNS, "note"])
+        writer.writerow(["case", "neurons", "method", *COLUMNS, "contradictions", "ratio cpu", "note"])
         for row in rows:
             mine, n = row["ours"], row["neurons"]
             numbers = [mine["wall"], mine["cpu"], mine["finished"], n, n, n - mine["totals"]["unknown"], 0, 1]
             writer.writerow([row["case"], n, "ours", *numbers, ""])
             for name, r in row["rivals"].items():
-                writer.writerow([row["case"], n, name, *(r[column] for column in COLUMNS), r["note"]])
+                if has(row, name):
+                    writer.writerow([row["case"], n, name, *(r[column] for column in COLUMNS),
+                                     len(r["contradictions"]), ratio(row, name), r["note"]])
+
+
+def stored(folder: Path) -> dict[str, dict]:
+    """Rows of an earlier run in the folder, by case."""
+    file = folder / "decide.json"
+    return {row["case"]: row for row in json.loads(file.read_text())["cases"]} if file.exists() else {}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="comma-separated case names")
-    parser.add_argument("--rivals", default=";".join(RIVALS), help=f"some of: {'; '.join(RIVALS)}")
+    parser.add_argument("--only", default="", help="comma-separated case names, in this order")
+    parser.add_argument("--methods", default="ours;" + ";".join(RIVALS), help=f"some of: ours; {'; '.join(RIVALS)}")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for each method on each network")
     parser.add_argument("--each", type=float, default=10.0, help="seconds for each MILP of a sampled rival")
     parser.add_argument("--samples", type=int, default=10_000, help="random points where there is no data")
+    parser.add_argument("--repeat", type=int, default=5, help="runs of ours, of which the median counts")
     parser.add_argument("--output", type=Path, default=ROOT / "reports" / "decide")
     given = parser.parse_args()
     if any(os.environ.get(name) != "1" for name in THREADS):  # read by the libraries when they are loaded: start again
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **dict.fromkeys(THREADS, "1")})
     torch.set_num_threads(1)
-    settings = {"limit": given.limit, "each": given.each, "threads": 1, "highs": version(), "torch": torch.__version__,
-                "python": platform.python_version(), "machine": platform.machine(), "load": os.getloadavg()[0]}
-    wanted = [c for c in cases() if not given.only or c.name in given.only.split(",")]
-    rivals.known(*cases()[0].load())  # warm up: imports and first-use costs are nobody's
-    rows: list[dict] = []
+    settings = {"threads": 1, "highs": version(), "torch": torch.__version__, "python": platform.python_version(),
+                "machine": platform.machine(), "cpus": os.cpu_count()}
+    known = {c.name: c for c in cases()}
+    wanted = [known[name] for name in given.only.split(",")] if given.only else list(known.values())
+    ours(*next(iter(known.values())).load(), given.limit, 1)  # warm up: imports and first-use costs are nobody's
     for case in wanted:
         print(f"{case.name} ...", file=sys.stderr, flush=True)
-        rows.append(run(case, given.limit, given.each, set(given.rivals.split(";")), given.samples))
-        write(rows, given.output, settings)
-        print(table(rows[-1:]).splitlines()[2], file=sys.stderr, flush=True)
-    print(table(rows))
+        for row in run(case, stored(given.output).get(case.name, {}), given.methods.split(";"), given):
+            rows = stored(given.output) | {case.name: row}  # another process may have added rows meanwhile
+            write([rows[name] for name in known if name in rows], given.output, settings)
+        print(table([row]).splitlines()[2], file=sys.stderr, flush=True)
+    print(table(list(stored(given.output).values())))
 
 
 if __name__ == "__main__":

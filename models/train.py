@@ -1,7 +1,8 @@
 """Train the example networks in this folder.
 
     python models/train.py fashion_2x100 digits_2x32     # some of them
-    python models/train.py --all                         # all of them
+    python models/train.py --all                         # all that are committed
+    python models/train.py --bench                       # those that only benchmarks need, too large to commit
     python models/train.py --card                        # rewrite README.md from models.json
     python models/train.py --stability fashion_2x100 run.json
 
@@ -119,6 +120,7 @@ class Recipe:
         seed: Seeds the initial weights and the order of the samples.
         suffix: ``.pt`` (whole ``nn.Sequential``) or ``.onnx``.
         half: Round the trained weights to float16 and store them so; accuracies are measured after rounding.
+        bench: For benchmarks only: not committed, not in the model card.
     """
 
     name: str
@@ -134,6 +136,7 @@ class Recipe:
     seed: int = 0
     suffix: str = ".pt"
     half: bool = False
+    bench: bool = False
 
     @property
     def file(self) -> str:
@@ -149,8 +152,13 @@ RECIPES = {
         Recipe("fashion_2x100", lambda: mlp(784, 100, 100, 10), "784-100-100-10", l1=1e-4),
         Recipe("fashion_2x100_plain", lambda: mlp(784, 100, 100, 10), "784-100-100-10", l1=0.0),
         Recipe("fashion_2x200", lambda: mlp(784, 200, 200, 10), "784-200-200-10", l1=7e-5),
+        Recipe("fashion_2x200_plain", lambda: mlp(784, 200, 200, 10), "784-200-200-10", epochs=15),
         Recipe("fashion_2x800", lambda: mlp(784, 800, 800, 10), "784-800-800-10", l1=3e-5, half=True),
+        Recipe(
+            "fashion_2x800_plain", lambda: mlp(784, 800, 800, 10), "784-800-800-10", epochs=8, half=True, bench=True
+        ),
         Recipe("fashion_5x100", lambda: mlp(784, *[100] * 5, 10), "784-5x100-10", l1=7e-5),
+        Recipe("fashion_5x100_plain", lambda: mlp(784, *[100] * 5, 10), "784-5x100-10", epochs=15),
         Recipe(
             "fashion_conv_bn",
             conv_bn,
@@ -365,6 +373,8 @@ def make(recipe: Recipe, folder: Path, device: str) -> None:
     stored = freeze(train(recipe, data, device), recipe)
     content = to_pt(stored) if recipe.suffix == ".pt" else to_onnx(stored, recipe.input_shape)
     write_atomically(HERE / recipe.file, content)
+    if recipe.bench:
+        return
     write_results(recipe.name, result(recipe, stored, data, content, device, time.perf_counter() - start))
 
 
@@ -373,7 +383,7 @@ def result(
 ) -> dict:
     """Return the raw numbers of one finished network, measured on the stored (rounded) weights."""
     network = stored.float()
-    fields = {key: value for key, value in asdict(recipe).items() if key not in ("name", "build")}
+    fields = {key: value for key, value in asdict(recipe).items() if key not in ("name", "build", "bench")}
     return fields | {
         "file": recipe.file,
         "bytes": len(content),
@@ -533,7 +543,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Train the example networks in this folder.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RECIPES))
-    parser.add_argument("--all", action="store_true", help="train every network")
+    parser.add_argument("--all", action="store_true", help="train every committed network")
+    parser.add_argument("--bench", action="store_true", help="train the networks that only benchmarks need")
     parser.add_argument(
         "--data", type=Path, default=FASHION_DIR, metavar="DIR", help="the IDX files (%(default)s)"
     )
@@ -548,8 +559,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if unknown := [name for name in options.names if name not in RECIPES]:
         parser.error(f"unknown network {unknown[0]!r}; known: {', '.join(RECIPES)}")
-    if not (options.names or options.all or options.card or options.stability):
-        parser.error("name at least one network, or --all")
+    if not (options.names or options.all or options.bench or options.card or options.stability):
+        parser.error("name at least one network, --all or --bench")
     return options
 
 
@@ -558,7 +569,8 @@ def main(argv: list[str]) -> None:
     options = arguments(argv)
     torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(True)
-    for name in RECIPES if options.all else options.names:
+    wanted = {*options.names, *(r.name for r in RECIPES.values() if (options.bench if r.bench else options.all))}
+    for name in [name for name in RECIPES if name in wanted]:
         make(RECIPES[name], options.data, options.device)
     if options.stability:
         record_stability(options.stability[0], Path(options.stability[1]))
