@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_more_steps_never_give_worse_bounds() -> None:
     program, state = ready(random_mlp(np.random.default_rng(0), [5, 12, 12, 6, 1]), box)
     rows = all_rows(program, state, 2)
     bounds = [optimise(program, rows, state.known, steps).bound for steps in (0, 3, 20, 60)]
-    assert all(bool((b <= a).all()) for a, b in zip(bounds, bounds[1:]))
+    assert all(bool((b <= a).all()) for a, b in pairwise(bounds))
     assert float((bounds[0] - bounds[2]).mean()) > 0.01
 
 

@@ -60,7 +60,8 @@ def test_exact_zeros_stay_exact() -> None:
 @pytest.mark.parametrize("scale", [1e160, 1e300])
 def test_overflow_is_infinite_not_nan(scale: float) -> None:
     rng = np.random.default_rng(2)
-    network = mlp([(scale * rng.normal(size=(3, 2)), np.zeros(3)), (scale * rng.normal(size=(3, 3)), np.zeros(3)), (np.ones((1, 3)), np.zeros(1))])
+    network = mlp([(scale * rng.normal(size=(3, 2)), np.zeros(3)), (scale * rng.normal(size=(3, 3)), np.zeros(3)),
+                   (np.ones((1, 3)), np.zeros(1))])
     program = compile_network(network)
     found = interval_bounds(program, *program.box(uniform(-1, 1, (2,))))
     assert not any(bool(torch.isnan(t).any()) for b in found for t in (b.lower, b.upper))

@@ -46,7 +46,8 @@ def test_decisions_agree_with_exact_ranges(seed: int) -> None:
     layer = len(network.relus) - 1
     ranges = exact_ranges(network, box)[layer]
     result = run_task(setting(network, box, layer), questions(len(ranges)))
-    values = network.evaluate_nodes(result.points.reshape(-1, *network.input_shape))[network.nodes[network.relus[layer]].inputs[0]]
+    before = network.nodes[network.relus[layer]].inputs[0]
+    values = network.evaluate_nodes(result.points.reshape(-1, *network.input_shape))[before]
     for decision in result.decisions:
         low, high = ranges[decision.neuron]
         most = high if decision.sign > 0 else -low

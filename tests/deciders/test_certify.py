@@ -49,7 +49,8 @@ def test_claims_without_proof_become_unknown(seed: int, lie: Status) -> None:
     result = certify(cascade, {}, CAP)
     assert result.rejected > 0
     sound(result, network, box)
-    assert any("the checker does not accept it" in reason or "the checker cannot" in reason for v in result.layers for reason in v.reasons.values())
+    reasons = [reason for v in result.layers for reason in v.reasons.values()]
+    assert any("the checker does not accept it" in reason or "the checker cannot" in reason for reason in reasons)
     report = checker.check(network, box.lower, box.upper, [*result.records])
     assert report.accepted and sum(report.counts[w] for w in ("inactive", "active", "unstable")) == result.accepted
 

@@ -19,7 +19,7 @@ from exactprune.deciders.proofs import pack
 from exactprune.errors import OptionError
 
 
-class _Stop(Exception):
+class _StopError(Exception):
     """Ends a run in its middle."""
 
 
@@ -32,7 +32,7 @@ class _StopAt:
     def stage(self, name: str, total: int | None = None) -> None:
         if self.word in name:
             if not self.left:
-                raise _Stop
+                raise _StopError
             self.left -= 1
 
     def advance(self, count: int = 1) -> None:
@@ -49,7 +49,7 @@ def _every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def interrupted(path: Path, network, box, word: str, after: int = 0, **options) -> dict:
     """The content of the checkpoint of a run that was stopped when a stage began."""
-    with pytest.raises(_Stop):
+    with pytest.raises(_StopError):
         verify(network, box, VerifyOptions(**options), progress=_StopAt(word, after), checkpoint=path)
     return json.loads(gzip.decompress(path.read_bytes()))
 
@@ -61,8 +61,9 @@ def rewrite(path: Path, content: dict) -> None:
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("word", "after"), [pytest.param("alpha-crown", 0, marks=SLOW), pytest.param("branch and bound", 0, marks=SLOW),
-                                             ("branch and bound", 2), pytest.param("certificate", 0, marks=SLOW)])
+@pytest.mark.parametrize(("word", "after"), [
+    pytest.param("alpha-crown", 0, marks=SLOW), pytest.param("branch and bound", 0, marks=SLOW), ("branch and bound", 2),
+    pytest.param("certificate", 0, marks=SLOW)])
 def test_a_resumed_run_gives_the_same_verdicts(tmp_path: Path, word: str, after: int) -> None:
     network, box = deep_case()
     path = tmp_path / "checkpoint"
@@ -89,7 +90,8 @@ def test_it_belongs_to_one_network_and_box(tmp_path: Path) -> None:
             verify(*other, checkpoint=path)
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "flipped", "not json", "a list", "no points", "records of numbers"])
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "flipped", "not json", "a list", "no points",
+                                    "records of numbers"])
 def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "checkpoint"
     network, box = small_case(1)

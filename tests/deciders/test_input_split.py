@@ -48,7 +48,7 @@ def test_what_is_proved_is_true_and_what_is_clear_is_proved(seed: int) -> None:
 
 
 def test_limits_end_with_reasons() -> None:
-    questions, truth, result, _, _ = run(2, seconds=0.0)
+    _, truth, result, _, _ = run(2, seconds=0.0)
     assert all("time limit" in reason for reason in result.reasons.values()) and result.reasons
     _, _, result, _, _ = run(2, boxes=1, batch=1)
     assert all(truth[i] <= 0 for i in np.flatnonzero(result.proved))

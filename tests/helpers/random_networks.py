@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -92,7 +93,7 @@ def _dense(rng: np.random.Generator, draw: _Draw) -> tuple[list[Node], tuple[int
     depth = int(rng.integers(1, 5))
     sizes = [int(rng.integers(1, 7)), *rng.integers(1, 9, depth).tolist(), 2]
     ops: list[Op] = []
-    for i, (a, b) in enumerate(zip(sizes, sizes[1:])):
+    for i, (a, b) in enumerate(pairwise(sizes)):
         weight, bias = draw(b, a), draw(b)
         if b > 1 and rng.random() < 0.2:
             weight[1], bias[1] = -weight[0], -bias[0]

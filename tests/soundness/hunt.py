@@ -75,7 +75,7 @@ class Hunt:
             if reached > 0:
                 self.counts["wrong trees, checked"] += 1
                 if self.accepted(tree):
-                    self.fail(f"branch-and-bound: layer {tree.layer} neuron {tree.neuron} sign {tree.sign}: reached {float(reached)!r}")
+                    self.fail(f"branch-and-bound: layer {tree.layer} neuron {tree.neuron} sign {tree.sign}: {float(reached)!r}")
         if result is not None:
             self.verdicts(result)
 
@@ -89,8 +89,9 @@ class Hunt:
         sizes = [int(np.prod(self.network.shapes[i])) for i in self.network.relus]
         status = [np.zeros(n, np.int8) for n in sizes]
         status[tree.layer][tree.neuron] = Status.INACTIVE if tree.sign > 0 else Status.ACTIVE
-        records = [header(self.network, self.box, {}), *(crown_record(k, np.arange(n)) for k, n in enumerate(sizes[: tree.layer])),
-                   tree.record(40), *(claims_record(k, s) for k, s in enumerate(status))]
+        lemmas = [crown_record(k, np.arange(n)) for k, n in enumerate(sizes[: tree.layer])]
+        claims = [claims_record(k, s) for k, s in enumerate(status)]
+        records = [header(self.network, self.box, {}), *lemmas, tree.record(40), *claims]
         return checker.check(self.network, self.box.lower, self.box.upper, records).accepted
 
     def fail(self, text: str) -> None:
@@ -236,7 +237,8 @@ def main() -> int:
             for line in wrong:
                 print(line, flush=True)
             if n % 20 == 0:
-                print(f"{counts['networks']:,} networks, {len(violations)} violations, {time.perf_counter() - began:.0f} s", flush=True)
+                seconds = time.perf_counter() - began
+                print(f"{counts['networks']:,} networks, {len(violations)} violations, {seconds:.0f} s", flush=True)
     print(f"{counts.pop('networks'):,} networks in {time.perf_counter() - began:.0f} s: {len(violations)} violations")
     for name, count in sorted(counts.items()):
         print(f"  {name:<28} {count:>10,} compared")
