@@ -353,9 +353,8 @@ class Difference:
         return best
 
     def _match_scale(self, position: int, original: int, select: Array, ratio: Array) -> Array:
-        (s, c), (t, d) = ((np.broadcast_to(n.op.arrays[k].astype(np.float64), net.shape_of(p)).reshape(-1)
-                           for k in ("scale", "shift")) for n, net, p in
-                          ((self.g.nodes[position], self.g, position), (self.f.nodes[original], self.f, original)))
+        s, c = _scale(self.g, position)
+        t, d = _scale(self.f, original)
         same = (s == t[select]) & (c == d[select]) & (ratio == 1)
         inner = self._match(self.g.nodes[position].inputs[0], self.f.nodes[original].inputs[0], select, ratio)
         good = same & np.isfinite(inner)
@@ -672,6 +671,13 @@ def _absolute(layer: Layer) -> Layer:
     assert isinstance(layer, Linear)
     arrays = {"weight": np.abs(layer.op.arrays["weight"]), "bias": np.zeros_like(layer.op.arrays["bias"])}
     return KINDS[layer.op.kind](Op(layer.op.kind, arrays, layer.op.settings), layer.shape, layer.out)
+
+
+def _scale(network: Network, position: int) -> tuple[Array, Array]:
+    """Scale and shift of every element of a scaled tensor, flat."""
+    arrays, shape = network.nodes[position].op.arrays, network.shape_of(position)
+    scale, shift = (np.broadcast_to(arrays[k].astype(np.float64), shape).reshape(-1) for k in ("scale", "shift"))
+    return scale, shift
 
 
 def _moved(network: Network, position: int) -> Array:

@@ -355,6 +355,29 @@ def test_random_hints_never_prove_too_little(seed):
         assert report.error and not report.accepted
 
 
+def one_changed(rng, f):
+    """f with one number of one array changed by much."""
+    places = [(i, name) for i, node in enumerate(f.nodes) for name, array in node.op.arrays() if array.size]
+    position, name = places[rng.integers(len(places))]
+    array = getattr(f.nodes[position].op, name)
+    return changed(f, position, name, np.unravel_index(rng.integers(array.size), array.shape),
+                   lambda v: array.dtype.type(v * 1.5 + np.abs(array).mean() / 4))
+
+
+@given(st.integers(0, 10**9))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_one_number_that_differs_is_seen(seed):
+    """With the right hints, so that weights are compared as they are."""
+    rng, drawn = np.random.default_rng(seed), case(seed)
+    f, box = drawn.network, drawn.box
+    g = one_changed(rng, f)
+    report = check_records(f, g, bundle(f, g, identity(f), lower=box.lower, upper=box.upper))
+    if not np.isnan(report.deviation):
+        assert Fraction(report.deviation) >= worst(f, g, box.lower, box.upper, count=8), seed
+    else:
+        assert report.error and not report.accepted
+
+
 def test_random_hints_reach_a_deviation_most_of_the_time():
     """The property above is not empty."""
     found = []
@@ -386,3 +409,101 @@ def test_a_relation_that_is_not_there_is_misuse_not_a_traceback(dense):
         Difference(bounds, of(g), True).deviation()
     with pytest.raises(CheckError, match="first record"):
         read(iter([{"record": "header"}]))
+
+
+# -- small cases, each with a deviation that is known ------------------------------------------------------------------
+
+
+def deviation(f, g, hints, lower, upper, eps=0.0):
+    box = {"lower": np.asarray(lower, float), "upper": np.asarray(upper, float)}
+    return check_records(f, g, bundle(f, g, hints, "certified", eps, **box)).deviation
+
+
+def affine(weight, bias):
+    return ops.Affine(np.array(weight, np.float32), np.array(bias, np.float32))
+
+
+def test_a_linear_unit_that_cuts_is_paid_for():
+    f = chain((1,), affine([[1]], [2]), ops.ReLU(), affine([[1]], [0]))
+    for shift, cut in ((1.0, 0.0), (0.75, 0.25)):  # on [-1, 1], relu(x + shift) + 2 - shift is x + 2 but where it cuts
+        g = chain((1,), affine([[1]], [shift]), ops.ReLU(), affine([[1]], [2 - shift]))
+        assert deviation(f, g, [relation(1, 1, [-1])], [-1], [1]) == cut
+
+
+def test_a_linear_unit_that_f_does_not_have_counts():
+    f = chain((1,), affine([[1]], [0]), ops.ReLU(), affine([[1]], [0]))
+    g = chain((1,), affine([[1], [1]], [0, 2]), ops.ReLU(), affine([[1, 0.5]], [0]))
+    assert deviation(f, g, [relation(1, 1, [0, -1])], [-1], [1]) == 1.5
+
+
+def test_bits_that_are_cut_off_are_paid_for():
+    f = chain((2,), affine([[0, 0]], [0]))
+    g = chain((2,), affine([[1, 2.0**-70]], [-1]))
+    assert deviation(f, g, [], [1, 0], [1, 1]) == 2.0**-70
+    assert 2.0**-70 <= deviation(f, g, [], [1, 0], [1, 1], eps=1e-300) <= 2.0**-57
+
+
+def test_a_constant_channel_is_missed_at_the_border():
+    """Folding a channel that is 1 into the bias of a padded convolution changes the border."""
+    lower, upper = np.zeros((1, 3, 3)), np.ones((1, 3, 3))
+    first = ops.Conv2d(np.array([1, 0], np.float32).reshape(2, 1, 1, 1), np.array([0, 1], np.float32))
+
+    def network(padding, weight, bias, op):
+        conv = ops.Conv2d(weight, np.array([bias], np.float32), padding=(padding,) * 4)
+        return chain((1, 3, 3), op, ops.ReLU(), conv, ops.ReLU())
+
+    alone = replace(first, weight=first.weight[:1], bias=first.bias[:1])
+    weight = np.ones((1, 2, 3, 3), np.float32)
+    for padding, wrong in ((0, 0.0), (1, 5.0)):  # at a corner 4 of 9 taps see the channel
+        f, g = network(padding, weight, 1, first), network(padding, weight[:, :1], 10, alone)
+        hints = [relation(1, 1, [0]), relation(3, 3, [0])]
+        assert deviation(f, g, hints, lower, upper) == wrong
+        assert Fraction(wrong) >= worst(f, g, lower, upper)
+
+
+@pytest.mark.parametrize("slope", [0.0, 1.0, 0.5])
+def test_lines_cost_their_distance(slope):
+    """f = relu(x) on [-1, 3], g = slope * x as a linear unit: the distance is largest at -1, 0 or 3."""
+    f = chain((1,), affine([[1]], [0]), ops.ReLU(), affine([[1]], [0]))
+    g = chain((1,), affine([[slope]], [9]), ops.ReLU(), affine([[1]], [-9]))
+    found = deviation(f, g, [line(1, [0], [slope]), relation(1, 1, [-1])], [-1], [3])
+    assert np.isclose(found, max(slope, 3 * (1 - slope)), rtol=1e-15) and found >= max(slope, 3 * (1 - slope))
+    if 0 < slope < 1:                      # without the line relu(x) and slope * x are taken to be unrelated
+        assert deviation(f, g, [relation(1, 1, [-1])], [-1], [3]) > 3 * (1 - slope)
+
+
+def test_the_kink_of_a_line_counts():
+    """0.75 x + 0.75 is the chord of relu on [-1, 3]: equal at both ends, 0.75 off at 0."""
+    f = chain((1,), affine([[1]], [0]), ops.ReLU(), affine([[1]], [0]))
+    g = chain((1,), affine([[0.75]], [9]), ops.ReLU(), affine([[1]], [-8.25]))
+    assert np.isclose(deviation(f, g, [line(1, [0], [0.75]), relation(1, 1, [-1])], [-1], [3]), 0.75, rtol=1e-15)
+
+
+def two_branches(of_first, of_second):
+    nodes = [Node("a", affine([[1]], [0]), (INPUT,)), Node("b", ops.ReLU(), (0,)), Node("c", affine([[-1]], [1]), (INPUT,)),
+             Node("d", ops.ReLU(), (2,)), Node("e", ops.Add(), (of_first, of_second))]
+    return build(nodes, (1,), np.float32)
+
+
+def test_a_sum_of_other_branches_is_another_sum():
+    """relu(x) + relu(1 - x) is 1 on [0, 1], 2 relu(x) goes from 0 to 2."""
+    f, g = two_branches(1, 3), two_branches(1, 1)
+    assert deviation(f, f, [relation(1, 1, [0]), relation(3, 3, [0])], [0], [1]) == 0
+    assert deviation(f, two_branches(3, 1), [relation(1, 1, [0]), relation(3, 3, [0])], [0], [1]) == 0
+    assert deviation(f, g, [relation(1, 1, [0])], [0], [1]) == 1
+
+
+def test_an_operand_that_is_not_zero_cannot_leave_a_sum():
+    f = two_branches(1, 3)
+    g = build([f.nodes[0], f.nodes[1]], (1,), np.float32)
+    for low, found in ((1.0, 0.0), (0.0, 1.0)):          # relu(1 - x) is 0 from 1 on
+        assert deviation(f, g, [relation(1, 1, [0])], [low], [2]) == found
+
+
+def test_scales_are_compared_in_both_numbers():
+    def network(scale, shift):
+        op = ops.Scale(np.array([scale, 1], np.float32), np.array([shift, 0], np.float32))
+        return chain((2,), op, ops.ReLU(), affine([[1, 1]], [0]))
+
+    for scale, shift, found in ((2, 1, 0.0), (2, 1.25, 0.25), (2.5, 1, 0.5)):
+        assert deviation(network(2, 1), network(scale, shift), [relation(1, 1, [0, 1])], [0, 0], [1, 1]) == found
