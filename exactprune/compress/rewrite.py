@@ -16,7 +16,7 @@ import numpy as np
 from exactprune.claim import LayerVerdict, Status
 from exactprune.compress.apply import Origin, State, apply
 from exactprune.compress.budget import budget_of
-from exactprune.compress.levels import EXACT, Level, certified
+from exactprune.compress.levels import EXACT, Level, certified, upward
 from exactprune.compress.linear import Applied, shrink_linear
 from exactprune.compress.plan import Plan, Removal, plan_exact, removals_of
 from exactprune.compress.reads import unread_inputs
@@ -186,7 +186,7 @@ def _linear_step(state: State, found: Applied) -> Step:
     data = {"layer": layer, "units": [int(u) for u in origin[c.channels]], "new_units": units,
             c.unstable_rule: [int(u) for u in origin[c.relaxed]], "slopes": [float(s) for s in c.slopes],
             "deviation": [float(d) for d in found.deviation.ravel()]}
-    return Step(c.rule, f"{text}, output deviation at most {found.eps:.3g}", data, certified(found.eps))
+    return Step(c.rule, f"{text}, output deviation at most {upward(found.eps)}", data, certified(found.eps))
 
 
 def start(network: Network, layers: Sequence[LayerVerdict]) -> State:

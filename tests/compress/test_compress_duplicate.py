@@ -104,7 +104,7 @@ def test_channels_through_flatten(tools):
     assert gone(rewrite) == {(0, 2)} and rewrite.network.nodes[-1].op.weight.shape == (3, 27)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), ratio=st.sampled_from([1.0, 0.5, 3.0, 1 / 3, 0.1]),
        budget=st.sampled_from(["exact", "rounding", 1e-3]))
 def test_random_networks_with_multiples(tools, seed, ratio, budget):
@@ -115,3 +115,10 @@ def test_random_networks_with_multiples(tools, seed, ratio, budget):
     rewrite = compress(tools, f, max_deviation=budget)
     if budget != "exact":
         assert any(r.layer == 0 for r in rewrite.removals)
+
+
+@pytest.mark.slow
+def test_many_random_networks_with_multiples(tools):
+    for seed in range(200):
+        ratio = (1.0, 0.5, 3.0, 1 / 3, 0.1)[seed % 5]
+        test_random_networks_with_multiples.hypothesis.inner_test(tools, seed, ratio, ("exact", "rounding", 1e-3)[seed % 3])

@@ -275,7 +275,7 @@ def test_padded_shortcut_grows_channels(tools):
 # -- random ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["dense", "conv", "residual"]))
 def test_random_networks(tools, seed, kind):
     rng = np.random.default_rng(seed)
@@ -295,6 +295,12 @@ def test_random_networks(tools, seed, kind):
         first = 1
     rewrite = check(tools, network, seed=seed)
     assert {(first, int(d)) for d in dead} <= units(rewrite)
+
+
+@pytest.mark.slow
+def test_many_random_networks(tools):
+    for seed in range(300):
+        test_random_networks.hypothesis.inner_test(tools, seed, ("dense", "conv", "residual")[seed % 3])
 
 
 def test_float16_exact_and_float64_weights(tools):

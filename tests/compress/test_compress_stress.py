@@ -124,7 +124,7 @@ def check(tools, seed):
 
 
 def test_random_networks_small_dose(tools):
-    for seed in range(12):
+    for seed in range(5):
         check(tools, seed)
 
 

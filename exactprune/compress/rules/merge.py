@@ -15,6 +15,7 @@ bias is at least minus a sound lower bound of V x on the domain.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain, repeat
 
 import numpy as np
@@ -27,30 +28,40 @@ def mergers(block: Block, budget: float, limit: int) -> Iterator[Units]:
 
     First the leading directions of the product, as many as clearly stand out; then, one by one and later a few at a
     time, the leading directions of what the stored units leave, so that their rounding is made good along with the
-    rest. Counts that cannot meet the budget whatever their rounding are skipped.
+    rest. Counts that cannot meet the budget whatever their rounding are skipped. Where numbers overflow the dtype or a
+    decomposition does not converge, there are no more offers.
     """
+    with suppress(np.linalg.LinAlgError):
+        for v, u in _factors(block, budget, limit):
+            if not (np.isfinite(v).all() and np.isfinite(u).all()):
+                return
+            yield placed(block, v, u)
+
+
+def _factors(block: Block, budget: float, limit: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(V, U) as stored, of one candidate after the other."""
     vectors, values = directions(block)
     least = int((values > budget * np.sqrt(len(block.w_out))).sum())
     floor = values[0] * 2.0**(4 - np.finfo(block.dtype).nmant) if values.size else 0.0
     certain = min(max(int((values > max(budget / 8, floor)).sum()), 1), limit)
     if least == 0:
-        yield placed(block, *_nothing(block))
+        yield _nothing(block)
     for count in counts(max(least, 1), certain) if least <= certain else ():
-        yield placed(block, *_stored(block, vectors[:count]))
+        yield _stored(block, vectors[:count])
     yield from _corrected(block, vectors[:certain], least, limit)
 
 
-def _corrected(block: Block, v: np.ndarray, least: int, limit: int) -> Iterator[Units]:
+def _corrected(block: Block, v: np.ndarray, least: int, limit: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Add directions of the rest until ``limit``."""
     v, u = _stored(block, v)
     for step in chain([1] * 8, [2] * 8, repeat(16)):
         more = min(step, limit - len(v))
-        if more <= 0:
+        if more <= 0 or not (np.isfinite(v).all() and np.isfinite(u).all()):
             return
         rest = np.asarray(block.product - u.astype(block.work) @ v.astype(block.work), np.float64)
         v, u = _stored(block, np.concatenate([v, leading(block, rest, more)]))
         if len(v) >= least:
-            yield placed(block, v, u)
+            yield v, u
 
 
 def _weights(block: Block) -> tuple[np.ndarray, np.ndarray]:
