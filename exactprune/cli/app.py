@@ -28,7 +28,8 @@ from exactprune.cli.arguments import (
     VerifyFlags,
 )
 from exactprune.cli.config import apply_config
-from exactprune.errors import ExactPruneError
+from exactprune.cli.prune import PruneFlags
+from exactprune.errors import ExactPruneError, OptionError
 
 DONE, REJECTED, MISUSE, INTERRUPTED, FAULT = 0, 1, 2, 3, 4
 
@@ -111,6 +112,31 @@ def report(run: Path, /, *, output: Annotated[Path | None, Parameter(group=OUTPU
     from exactprune.cli.report import run_report
 
     return run_report(run, output, curve, model, json, quiet)
+
+
+@app.command
+def prune(model: Path | None = None, /, *, out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+          masks: Path | None = None, change: PruneFlags = PruneFlags(),
+          list_: Annotated[bool, Parameter(name="--list", negative="")] = False,
+          json: Annotated[bool, Parameter(negative="")] = False,
+          quiet: Annotated[bool, Parameter(negative="")] = False) -> int:
+    """Prune a model approximately (a baseline: its outputs change; see compress for what keeps them).
+
+    Args:
+        model: Model file: .pt, .pt2, .safetensors or .onnx.
+        out: Where the pruned model goes: .pt, .onnx, .pt2 or .npz.
+        masks: Where the masks go: .npz, one boolean array per weight.
+        list_: Name every method with what it prunes, when, its reference, and its options with their defaults.
+        json: Print the report as one JSON object on stdout, and nothing else there.
+        quiet: Print nothing but errors.
+    """
+    from exactprune.cli.prune import run_list, run_prune
+
+    if list_:
+        return run_list(json)
+    if model is None:
+        raise OptionError("prune: which model? name a model file, or give --list")
+    return run_prune(model, out, masks, change, json, quiet)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

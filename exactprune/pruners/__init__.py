@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from exactprune.pruners.problem import LOSSES, Loss, Problem
-from exactprune.pruners.protocol import NoOptions, Plan, Pruner, ScoreOptions, ScorePruner, apply, make_options
+from exactprune.pruners.protocol import NoOptions, Plan, Pruner, ScoreOptions, ScorePruner, apply, decide, make_options
 from exactprune.pruners.registry import method, methods, names, register
 from exactprune.pruners.selection import count
 
 __all__ = [
-    "LOSSES", "Loss", "NoOptions", "Plan", "Problem", "Pruner", "ScoreOptions", "ScorePruner", "apply", "count",
+    "LOSSES", "Loss", "NoOptions", "Plan", "Problem", "Pruner", "ScoreOptions", "ScorePruner", "apply", "count", "decide",
     "make", "mask", "method", "methods", "names", "plan", "register", "score",
 ]
 
@@ -56,7 +56,7 @@ def score(method: str, module: nn.Module, x: Tensor | None = None, y: Tensor | N
 def plan(method: str, module: nn.Module, x: Tensor | None = None, y: Tensor | None = None, sparsity: float = 0.9, *,
          loss: Loss | None = None, **options: Any) -> Plan:
     """Masks and new values, see ``Plan``; arguments as for ``mask``."""
-    return make(method, **options).plan(Problem(module, x, y, loss), sparsity)
+    return decide(make(method, **options), Problem(module, x, y, loss), sparsity)
 
 
 def mask(method: str, module: nn.Module, x: Tensor | None = None, y: Tensor | None = None, sparsity: float = 0.9, *,

@@ -94,10 +94,12 @@ def _output_hessian(problem: Problem, output: Tensor, target: Tensor) -> Tensor:
 
 
 def _root(matrix: Tensor) -> Tensor:
-    """s with s s^T = matrix for a batch of positive semidefinite matrices, columns of zeros dropped."""
+    """s with s s^T = matrix for a batch of positive semidefinite matrices, columns of zeros dropped (but one)."""
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     root = vectors * values.clamp(min=0).sqrt().unsqueeze(1)
-    return root[:, :, (root != 0).any(0).any(0)]
+    used = (root != 0).any(0).any(0)
+    used[-1] = True  # a loss that is flat in its outputs has curvature zero, not none
+    return root[:, :, used]
 
 
 def is_piecewise_linear(module: nn.Module) -> bool:

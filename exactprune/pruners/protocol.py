@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from exactprune.errors import DataError, OptionError
 from exactprune.pruners.problem import Problem
-from exactprune.pruners.selection import Scope, keep_largest
+from exactprune.pruners.selection import Scope, count, keep_largest
 
 Prunes = Literal["weights", "neurons", "blocks"]
 
@@ -159,6 +159,23 @@ def finite(tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
             raise DataError(f"{what} of '{name}': {bad} of {tensor.numel()} values are NaN or infinite; "
                             "check the data, the loss and the weights")
     return dict(tensors)
+
+
+def decide(pruner: Pruner[Any], problem: Problem, sparsity: float) -> Plan:
+    """``pruner.plan`` with its input checked before and its answer after.
+
+    Raises:
+        OptionError: the sparsity is not in [0, 1], or the method cannot do this.
+        DataError: data are missing, or give curvature or values that are not finite.
+    """
+    count(sparsity, 1)
+    try:
+        plan = pruner.plan(problem, sparsity)
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+        raise DataError(f"{pruner.name}: a matrix of second derivatives cannot be inverted ({str(error)[:80]}); "
+                        "give a larger damping, and check the scale of the data") from None
+    finite({name: v for name, v in plan.values.items() if v.is_floating_point()}, "the new value")
+    return plan
 
 
 def apply(module: nn.Module, plan: Plan) -> nn.Module:

@@ -15,7 +15,7 @@ from exactprune.errors import DataError, UnsupportedOpError
 from exactprune.io import load, to_torch
 from exactprune.io.torch_export import to_sequential
 from exactprune.network import Network
-from exactprune.pruners import Loss, Plan, Problem, Pruner, apply, make
+from exactprune.pruners import Loss, Plan, Problem, Pruner, apply, decide, make
 from exactprune.pruning.facts import PruneReport, densities, layer_positions, measured
 from exactprune.pruning.shrink import shrink
 from exactprune.training import DataSet, TrainOptions, load_data, train
@@ -69,7 +69,7 @@ def prune(model: Network | nn.Module, method: str | Pruner[Any] = "magnitude", s
     x, y = samples(data, module, model.input_shape if isinstance(model, Network) else None)
     problem = Problem(module, x, y, loss)
     with measured(problem.cost, problem.device):
-        plan = pruner.plan(problem, sparsity)
+        plan = decide(pruner, problem, sparsity)
     pruned = plan.smaller if plan.smaller is not None and structured else apply(module, plan).eval()
     pruned = _finetuned(pruned, plan, problem, finetune) if finetune else pruned
     shape = _shape(model, x)
