@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from exactprune.checker import check_run as check
     from exactprune.claim import LayerVerdict, Method, Status
     from exactprune.domain import Box, around, of_data, uniform
+    from exactprune.equivalence import Equivalence, equiv
     from exactprune.errors import ExactPruneError
     from exactprune.io import load, load_vnnlib, save
     from exactprune.network import Network
@@ -35,6 +36,7 @@ _HOME = {
     "check": "checker:check_run",
     "LayerVerdict": "claim", "Method": "claim", "Status": "claim",
     "Box": "domain", "around": "domain", "of_data": "domain", "uniform": "domain",
+    "Equivalence": "equivalence", "equiv": "equivalence",
     "ExactPruneError": "errors",
     "load": "io", "load_vnnlib": "io", "save": "io",
     "Network": "network",
@@ -45,8 +47,8 @@ _HOME = {
 }
 
 __all__ = [
-    "Box", "CompressOptions", "Compression", "ExactPruneError", "LayerVerdict", "Method", "Network", "PruneResult",
-    "Status", "Verification", "VerifyOptions", "__version__", "around", "check", "compress", "load", "load_vnnlib",
+    "Box", "CompressOptions", "Compression", "Equivalence", "ExactPruneError", "LayerVerdict", "Method", "Network", "PruneResult",
+    "Status", "Verification", "VerifyOptions", "__version__", "around", "check", "compress", "equiv", "load", "load_vnnlib",
     "of_data", "prune", "read_run", "save", "uniform", "verify", "write_run",
 ]
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import inf, isfinite, prod
 from time import monotonic, perf_counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,7 +27,15 @@ from exactprune.errors import OptionError, ShapeError
 from exactprune.network import Network
 from exactprune.options import GIB
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from exactprune.bounds.difference import Joint, Partners
+    from exactprune.bounds.layerwise import Layerwise
+
 FEW_INPUTS = 12
+SUGGESTING, SPLITTING = 0.2, 0.3  # shares of the time where there are more
+APART = (1.0, 0.1, 0.01, 1e-3, 1e-5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +96,7 @@ class Equivalence:
 
 
 def equiv(a: Network, b: Network, domain: Box | None = None, *, exact: bool = False, gap: float = 1e-3,
-          tolerance: float | None = None, time_limit: float = 600.0, partners: Mapping[int, object] | None = None,
+          tolerance: float | None = None, time_limit: float = 600.0, partners: Mapping[int, Partners] | None = None,
           starts: int = 24, seed: int = 0, device: str = "cpu", memory: int = 2 * GIB) -> Equivalence:
     """Bound max over the domain and outputs of abs(A - B).
 
@@ -135,7 +144,7 @@ def _check(a: Network, b: Network, gap: float, tolerance: float | None, time_lim
 class _Run:
     """The state of one call: bounds from above, points from below, and the account."""
 
-    def __init__(self, a: Network, b: Network, domain: Box, device: str, memory: int, partners: Mapping | None,
+    def __init__(self, a: Network, b: Network, domain: Box, device: str, memory: int, partners: Mapping[int, Partners] | None,
                  seed: int) -> None:
         from exactprune.bounds.difference import joint_network
         from exactprune.deciders.difference_partners import find_partners
@@ -146,14 +155,14 @@ class _Run:
         self.stages: list[tuple[str, float, float]] = []
         self.joint = joint_network(a, b)
         given = find_partners(a, b, domain, seed=seed) if partners is None else partners
-        self.relative = joint_network(a, b, given)
-        paired = sum(prod(b.shapes[b.relus[k]][1:]) * int((np.asarray(p.source) >= 0).sum()) for k, p in given.items())
-        self.partners = (paired, b.neurons)
+        self.given = dict(given)
+        self.relative, self.paired = self.joint, 0
+        self.tried: dict[int, float] = {}
         self.finder = Search(self.joint, domain, device)
         self.uppers = np.full(self.finder.outputs, 0.0 if self.joint.equal else inf)
         self.suggested: float | None = None
         self.reason = ""
-        self.hints = []
+        self.hints: list[Tensor] = []
 
     def note(self, name: str) -> None:
         """Close the account of a stage."""
@@ -167,11 +176,26 @@ class _Run:
         if self.joint.equal:
             return
         self.side_by_side = self._bounded(self.joint)
-        if self.relative.deltas:
-            self._bounded(self.relative)
+        for apart in APART:
+            self._try({k: p.within(apart) for k, p in self.given.items()})
         self.note("bounds")
 
-    def _bounded(self, joint):
+    def _try(self, partners: Mapping[int, Partners]) -> None:
+        """Bound the network relative to some partners; keep it if it is the best so far."""
+        from exactprune.bounds.difference import joint_network
+
+        partners = {k: p for k, p in partners.items() if (np.asarray(p.source) >= 0).any()}
+        count = _paired(self.b, partners)
+        if not count or count in self.tried:
+            return
+        joint = joint_network(self.a, self.b, partners)
+        last = self._bounded(joint).at(joint.last)
+        top = float(max(-last.lower.min(), last.upper.max()))
+        self.tried[count] = top
+        if top <= min(self.tried.values()):
+            self.relative, self.paired = joint, count
+
+    def _bounded(self, joint: Joint) -> Layerwise:
         import torch
 
         from exactprune.bounds.difference import difference_bounds
@@ -198,13 +222,16 @@ class _Run:
 
     def close(self, gap: float, tolerance: float | None, seconds: float) -> None:
         """Make the gap small."""
-        free = int((self.domain.upper > self.domain.lower).sum())
         if self._done(gap, tolerance):
             return
-        if free <= FEW_INPUTS:
-            self._split(gap, tolerance, monotonic() + seconds)
-        else:
-            self._phases(gap, tolerance, monotonic() + seconds)
+        deadline = monotonic() + seconds
+        if int((self.domain.upper > self.domain.lower).sum()) <= FEW_INPUTS:
+            self._split(gap, tolerance, deadline)
+            return
+        self._suggest(SUGGESTING * seconds)
+        self._split(gap, tolerance, monotonic() + SPLITTING * seconds)
+        if not self._done(gap, tolerance):
+            self._phases(gap, tolerance, deadline)
 
     def _done(self, gap: float, tolerance: float | None) -> bool:
         upper, lower = float(self.uppers.max(initial=0.0)), float(self.found.lower.max(initial=0.0))
@@ -215,21 +242,25 @@ class _Run:
         from exactprune.bounds.program import compile_network
         from exactprune.deciders.difference_boxes import BoxSplit
 
-        joint = self.relative if self.relative.deltas else self.joint
-        closed = BoxSplit(compile_network(joint.network, self.device), joint, self.finder, self.uppers, self.found, gap=gap,
-                          tolerance=tolerance, deadline=deadline).run()
+        program, kept = compile_network(self.relative.network, self.device), self.memory // (40 * self.domain.lower.size)
+        closed = BoxSplit(program, self.relative, self.finder, self.uppers, self.found, gap=gap, tolerance=tolerance,
+                          deadline=deadline, boxes=max(1000, kept)).run()
         self.uppers, self.found, self.reason = np.minimum(self.uppers, closed.upper), closed.found, closed.reason
         self.note(f"box splitting, {closed.boxes} pieces")
 
-    def _phases(self, gap: float, tolerance: float | None, deadline: float) -> None:
-        from exactprune.deciders.difference_phases import prove, suggest
+    def _suggest(self, seconds: float) -> None:
+        from exactprune.deciders.difference_phases import suggest
 
-        half = 0.5 * (deadline - monotonic())
-        self.suggested, points = suggest(self.joint, self.domain, self.side_by_side, self.uppers, self.found.lower, half)
-        self.found = self.found.joined(self.finder.judge(self.finder.forward.tensor(points))) if len(points) else self.found
-        self.note("MILP (suggests only)")
-        proof = prove(self.joint, self.domain, self.finder, self.uppers, self.found, gap=gap, tolerance=tolerance,
-                      suggested=self.suggested, deadline=deadline, device=self.device)
+        self.suggested, points = suggest(self.joint, self.domain, self.side_by_side, self.uppers, self.found.lower, seconds)
+        if len(points):
+            self.found = self.found.joined(self.finder.judge(self.finder.forward.tensor(points)))
+        self.note("MILP, suggests only")
+
+    def _phases(self, gap: float, tolerance: float | None, deadline: float) -> None:
+        from exactprune.deciders.difference_phases import prove
+
+        proof = prove(self.joint, self.side_by_side, self.finder, self.uppers, self.found, gap=gap, tolerance=tolerance,
+                      deadline=deadline)
         self.uppers, self.found, self.reason = np.minimum(self.uppers, proof.upper), proof.found, proof.reason
         self.note(f"branch and bound, {proof.nodes} nodes")
 
@@ -245,8 +276,13 @@ class _Run:
         closed = upper <= (1 + gap) * lower
         reason = self.reason if exact and not closed else ""
         return Equivalence(self.a, self.b, self.domain, upper, lower, value, point.reshape(shape), output, self.uppers, lowers,
-                           self.found.points.reshape(-1, *shape), self.partners, closed, gap, self.suggested,
+                           self.found.points.reshape(-1, *shape), (self.paired, self.b.neurons), closed, gap, self.suggested,
                            tuple(self.stages), reason, perf_counter() - began)
+
+
+def _paired(b: Network, partners: Mapping[int, Partners]) -> int:
+    """Neurons of B with a partner."""
+    return sum(prod(b.shapes[b.relus[k]][1:]) * int((np.asarray(p.source) >= 0).sum()) for k, p in partners.items())
 
 
 __all__ = ["Equivalence", "equiv"]

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
@@ -47,11 +47,19 @@ class Partners:
         layer: the ReLU layer of A.
         source: unit of that layer, -1 for no partner; shape (units of B's layer,).
         ratio: > 0, same shape: y_B is compared with ratio * y_A[source].
+        apart: same shape: how far apart z_B and ratio * z_A are, relative to z_B; a guess that only ``within`` reads.
     """
 
     layer: int
     source: np.ndarray
     ratio: np.ndarray
+    apart: np.ndarray | None = None
+
+    def within(self, apart: float) -> Partners:
+        """Only the partners that are at most this far apart."""
+        if self.apart is None:
+            return self
+        return replace(self, source=np.where(self.apart <= apart, self.source, -1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +97,11 @@ class Joint:
 
 @dataclass(eq=False)
 class _Builder:
-    """Nodes so far, equal ones (operator, arrays and inputs) once."""
+    """Nodes so far, equal ones (operator, arrays and inputs) once, and no reshape of a reshape."""
 
+    input_shape: Shape
     nodes: list[Node] = field(default_factory=list)
+    shapes: list[Shape] = field(default_factory=list)
     places: dict[bytes, int] = field(default_factory=dict)
     deltas: dict[int, Delta] = field(default_factory=dict)
 
@@ -105,13 +115,19 @@ class _Builder:
 
     def add(self, name: str, op: Op, *inputs: int) -> int:
         op = op.astype(np.float64)
+        if isinstance(op, Reshape):
+            while inputs[0] != INPUT and isinstance(self.nodes[inputs[0]].op, Reshape):
+                inputs = self.nodes[inputs[0]].inputs
+            if self.shape(inputs[0]) == op.shape:
+                return inputs[0]
         place = self.places.setdefault(self.key(op, inputs), len(self.nodes))
         if place == len(self.nodes):
             self.nodes.append(Node(name, op, inputs))
+            self.shapes.append(op.output_shape(*map(self.shape, inputs)))
         return place
 
-    def flat(self, name: str, position: int, shape: Shape) -> int:
-        return position if len(shape) == 1 else self.add(f"{name}/flat", Reshape((prod(shape),)), position)
+    def shape(self, position: int) -> Shape:
+        return self.input_shape if position == INPUT else self.shapes[position]
 
 
 def joint_network(a: Network, b: Network, partners: Mapping[int, Partners] | None = None) -> Joint:
@@ -121,12 +137,12 @@ def joint_network(a: Network, b: Network, partners: Mapping[int, Partners] | Non
         a, b: as many input and output values; shapes may differ.
         partners: ReLU layer of B -> partners in A; none of them: A and B side by side.
     """
-    build = _Builder()
+    build = _Builder(a.input_shape)
     in_a = _copied(build, a, INPUT, "a", a, {}, {})
-    entry = INPUT if a.input_shape == b.input_shape else build.add("b/input", Reshape(b.input_shape), INPUT)
+    entry = build.add("b/input", Reshape(b.input_shape), INPUT)
     in_b = _copied(build, b, entry, "b", a, in_a, partners or {})
-    out_a = build.flat("a", in_a[a.output], a.output_shape)
-    out_b = build.flat("b", in_b[b.output], b.output_shape)
+    flat = Reshape((prod(a.output_shape),))
+    out_a, out_b = build.add("a/flat", flat, in_a[a.output]), build.add("b/flat", flat, in_b[b.output])
     negative = build.add("-b", Scale(np.array(-1.0), np.array(0.0)), out_b)
     difference = build.add("a-b", Add(), out_a, negative)
     build.nodes.append(Node("difference", ReLU(), (difference,)))
@@ -135,7 +151,7 @@ def joint_network(a: Network, b: Network, partners: Mapping[int, Partners] | Non
     nodes = tuple(Node(n.name, n.op, tuple(place[i] for i in n.inputs)) for n in (build.nodes[p] for p in needed))
     network = Network(nodes, a.input_shape, np.dtype(np.float64), f"{a.name} - {b.name}")
     layer_of = {position: k for k, position in enumerate(network.relus)}
-    deltas = {layer_of[place[p]]: Delta(place[d.partner], d.matched) for p, d in build.deltas.items() if p in place}
+    deltas = {layer_of[place[p]]: replace(d, partner=place[d.partner]) for p, d in build.deltas.items() if p in place}
     return Joint(network, deltas, out_a == out_b)
 
 
@@ -259,3 +275,4 @@ def relax_delta(program: Program, dz: NodeBounds, matched: Tensor, active: Tenso
     error = (program.gamma * (dz.magnitude + intercept + under) * (1 + 1e-6) + TINY) * ~inactive
     error = torch.where(matched | (dz.upper > 0), error, torch.zeros_like(error))
     return Relaxation(below, slope - below, intercept + under + 2 * error, under + error, intercept)
+

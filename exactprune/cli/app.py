@@ -28,6 +28,7 @@ from exactprune.cli.arguments import (
     VerifyFlags,
 )
 from exactprune.cli.config import apply_config
+from exactprune.cli.equiv import EquivFlags
 from exactprune.cli.prune import PruneFlags
 from exactprune.errors import ExactPruneError, OptionError
 
@@ -112,6 +113,21 @@ def report(run: Path, /, *, output: Annotated[Path | None, Parameter(group=OUTPU
     from exactprune.cli.report import run_report
 
     return run_report(run, output, curve, model, json, quiet)
+
+
+@app.command
+def equiv(a: Path, b: Path, /, *, domain: DomainFlags = DomainFlags(), change: EquivFlags = EquivFlags()) -> int:
+    """Bound the largest difference of any two networks over a domain, with the input where it is reached.
+
+    Exit code 0: done; 1: --tolerance is given and equality up to it is not proved.
+
+    Args:
+        a: Model file: .pt, .pt2, .safetensors or .onnx.
+        b: Model file with as many inputs and outputs.
+    """
+    from exactprune.cli.equiv import run_equiv
+
+    return run_equiv(a, b, domain, change)
 
 
 @app.command

@@ -121,7 +121,8 @@ class BoxSplit:
         self.found = self.found.joined(self.search.judge(0.5 * lower + 0.5 * upper))
         for i, bound in enumerate(bounds):
             self.count += 1
-            heapq.heappush(self.heap, _Piece(-float(bound.max(initial=0.0)), self.count, lows[i], highs[i], bound, sensitivity[i]))
+            key = -float(bound.max(initial=0.0))
+            heapq.heappush(self.heap, _Piece(key, self.count, lows[i], highs[i], bound, sensitivity[i]))
 
     def _bounds(self, lower: Tensor, upper: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """((pieces, outputs) bounds, (pieces, inputs) how much the widest bounds react)."""

@@ -60,17 +60,26 @@ def _units(network: Network, x: np.ndarray) -> list[np.ndarray]:
     with torch.no_grad():
         for shape, z in zip(_shapes(network), Forward(network).preactivations(x), strict=True):
             rows = z.numpy()[: max(8, PLACES // max(1, z.shape[1]))]
-            found.append(rows.reshape(len(rows), shape[0] if shape else 1, -1).transpose(1, 0, 2).reshape(shape[0] if shape else 1, -1))
+            units = shape[0] if shape else 1
+            found.append(rows.reshape(len(rows), units, -1).transpose(1, 0, 2).reshape(units, -1))
     return found
 
 
 def _pair(layer: int, z: np.ndarray, own: np.ndarray) -> Partners:
+    if not len(z):
+        return Partners(layer, np.full(len(own), -1), np.ones(len(own)))
+    with np.errstate(all="ignore"):  # what overflows has no partner
+        return _nearest(layer, z, own)
+
+
+def _nearest(layer: int, z: np.ndarray, own: np.ndarray) -> Partners:
     size, norm = (np.sqrt((t * t).sum(axis=1)) for t in (own, z))
     products = own @ z.T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        cosine = np.nan_to_num(products / (size[:, None] * norm), nan=-1.0, posinf=-1.0, neginf=-1.0)
-        best = cosine.argmax(axis=1) if z.shape[0] else np.zeros(len(own), np.int64)
-        ratio = products[np.arange(len(own)), best] / norm[best] ** 2
+    cosine = np.nan_to_num(products / (size[:, None] * norm), nan=-1.0, posinf=-1.0, neginf=-1.0)
+    best = cosine.argmax(axis=1)
+    ratio = products[np.arange(len(own)), best] / norm[best] ** 2
     ratio = np.where(np.abs(ratio - 1) <= ONE, 1.0, ratio)
-    good = (cosine.max(axis=1, initial=-1.0) >= np.sqrt(1 - CLOSE**2)) & np.isfinite(ratio) & (ratio > 0)
-    return Partners(layer, np.where(good, best, -1), np.where(good, ratio, 1.0))
+    ratio = np.where(np.isfinite(ratio) & (ratio > 0), ratio, 1.0)
+    left = np.sqrt(((own - ratio[:, None] * z[best]) ** 2).sum(axis=1))
+    apart = np.divide(left, size, out=np.full(len(own), np.inf), where=size > 0)
+    return Partners(layer, np.where(apart <= CLOSE, best, -1), ratio, apart)
