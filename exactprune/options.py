@@ -91,6 +91,8 @@ class CompressOptions:
             float32, or 2^-49, float64), or a number: the certified maximum of abs(f - g) over the domain.
         samples: Random points, and as many random corners, on which f and g are compared.
         seed: Seed of these points.
+        preserve: argmax: also certify which given data keep their class; where max_deviation is rounding, the budget
+            is then the largest one with which all of them do, otherwise at most that. none: no such claim.
 
     Raises:
         OptionError: a value lies outside its range.
@@ -99,11 +101,13 @@ class CompressOptions:
     max_deviation: str | float = "rounding"
     samples: int = 1000
     seed: int = 0
+    preserve: str = "none"
 
     def __post_init__(self) -> None:
         if self.max_deviation not in ("exact", "rounding"):
             object.__setattr__(self, "max_deviation", _deviation(self.max_deviation))
         _require(self.samples >= 1, "samples", self.samples, "a whole number >= 1")
+        _require(self.preserve in ("none", "argmax"), "preserve", self.preserve, "none or argmax")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "a whole number from 0 to 2^63 - 1")
 
 

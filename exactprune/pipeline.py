@@ -12,19 +12,20 @@ import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Event
 from time import monotonic, perf_counter
-from typing import Any
 from uuid import uuid4
 
 import numpy as np
 
 from exactprune.claim import LayerVerdict
-from exactprune.compress.levels import Level
+from exactprune.compress.floating import float_level
+from exactprune.compress.levels import Kind, Level
 from exactprune.compress.measure import Agreement, Latency, compare, latency
+from exactprune.compress.preserve import Margins, Preserved, margins_of, preserved
 from exactprune.compress.rewrite import Rewrite, compress_network
 from exactprune.deciders.cascade import Asked, Cascade, Effort, Progress, RunTasks, Suggest
 from exactprune.deciders.certify import certify
@@ -117,6 +118,7 @@ class Compression:
         verification: the verdicts it rests on.
         options: what was asked.
         seconds: of the rewriting.
+        margins: of the original's outputs, where classes are to be kept.
     """
 
     original: Network
@@ -129,6 +131,19 @@ class Compression:
     verification: Verification
     options: CompressOptions = field(default_factory=CompressOptions)
     seconds: float = 0.0
+    margins: Margins | None = None
+
+    @cached_property
+    def floating(self) -> Level | None:
+        """The claim for IEEE execution in the network's dtype, any summation order; None where nothing can be claimed."""
+        return float_level(self.original, self.network, self.domain, self.verification.layers, self.rewrite.verdicts, self.level)
+
+    @property
+    def preserved(self) -> Preserved | None:
+        """Which inputs keep their class; None unless asked for, or where ``level`` is no proof."""
+        if self.margins is None or self.level.kind > Kind.CERTIFIED:
+            return None
+        return preserved(self.margins, self.level.eps)
 
     @property
     def before(self) -> Size:
@@ -231,20 +246,29 @@ def compress(verification: Verification | Network, domain: Box | None = None, op
     network, domain = verification.network, verification.domain
     began = perf_counter()
     progress.stage("compress")
-    rewrite = compress_network(network, domain, verification.layers, **_deviation(options))
+    data = _checked_data(network, data)
+    margins = _wanted_margins(network, domain, data, options)
+    rewrite = compress_network(network, domain, verification.layers, max_deviation=_allowed(options, margins))
     seconds = perf_counter() - began
     progress.stage("measure")
-    agreement = compare(network, rewrite.network, domain, data=_checked_data(network, data), points=options.samples,
+    agreement = compare(network, rewrite.network, domain, data=data, points=options.samples,
                         corners=options.samples, seed=options.seed)
     return Compression(network, rewrite.network, domain, rewrite.level, rewrite, agreement,
-                       tuple(latency(network, rewrite.network, seed=options.seed)), verification, options, seconds)
+                       tuple(latency(network, rewrite.network, seed=options.seed)), verification, options, seconds, margins)
 
 
-def _deviation(options: CompressOptions) -> dict[str, Any]:
-    import inspect
+def _wanted_margins(network: Network, domain: Box, data: np.ndarray | None, options: CompressOptions) -> Margins | None:
+    if options.preserve == "none":
+        return None
+    return margins_of(network, domain, data, samples=options.samples, seed=options.seed)
 
-    takes = inspect.signature(compress_network).parameters
-    return {"max_deviation": options.max_deviation} if "max_deviation" in takes else {}
+
+def _allowed(options: CompressOptions, margins: Margins | None) -> str | float:
+    """The budget: as asked, but not so much that a given input could lose its class."""
+    wanted = options.max_deviation
+    if margins is None or not margins.data.size or wanted == "exact":
+        return wanted
+    return margins.budget if wanted == "rounding" else min(float(wanted), margins.budget)
 
 
 def _checked_data(network: Network, data: np.ndarray | None) -> np.ndarray | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter, Token
 
@@ -116,15 +116,18 @@ class CompressFlags:
             float64), or a number: the certified maximum of abs(f - g) over the domain.
         samples: Random points, and as many random corners, on which f and g are compared.
         certificate: Where the certificate bundle goes; OUT.certificate by default.
+        preserve: argmax: certify which inputs of --data keep their class; where --max-deviation is rounding, the budget is
+            then the largest one with which all of them do, otherwise at most that.
     """
 
     max_deviation: str = "rounding"
     samples: int = 1000
     certificate: Path | None = None
+    preserve: Literal["none", "argmax"] = "none"
 
     def options(self, seed: int) -> CompressOptions:
         """As the Python API's own type."""
-        return CompressOptions(self.max_deviation, self.samples, seed)
+        return CompressOptions(self.max_deviation, self.samples, seed, self.preserve)
 
 
 @Parameter(name="*", group=OUTPUT)

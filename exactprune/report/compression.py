@@ -72,6 +72,9 @@ def summarise_compression(compression: Compression, model: Path, out: Path) -> d
         "out": {"path": str(out), "file_sha256": file_sha256(out), "network_sha256": c.network.sha256},
         "options": c.options,
         "level": {"kind": c.level.kind.name.lower(), "eps": c.level.eps, "words": c.level.words},
+        "float": None if c.floating is None else {"eps": c.floating.eps, "words": c.floating.words,
+                                                  "dtype": c.original.dtype.name},
+        "preserved": None if c.preserved is None else {**vars(c.preserved), "words": c.preserved.words},
         "sizes": _sizes(c, model, out),
         "latency": [{"batch": t.batch, "before": t.before, "after": t.after} for t in c.latency],
         "removed": _removed(c),
@@ -96,6 +99,7 @@ def compress_words(summary: Mapping[str, Any], folder: str) -> list[str]:
     if not any(layer["removed"] for layer in summary["removed"]):
         lines.append("  Nothing is proved removable: every neuron is still there.")
     lines += [f"  {step['text']} [{step['level']}]" for step in summary["rewrites"]]
+    lines += _further_claims(summary)
     lines.append(f"Measured in {summary['run']['model']['dtype']} on {measured['inputs']:,} inputs: largest abs(f - g) "
                  f"{measured['largest']:.3g}, argmax differs on {measured['flips']:,}; f against itself at another batch "
                  f"size: {measured['itself']:.3g}.")
@@ -106,6 +110,14 @@ def compress_words(summary: Mapping[str, Any], folder: str) -> list[str]:
     lines += [f"Smaller model: {summary['out']['path']}", f"Run folder:    {folder}",
               f"Check it:      exactprune check {quote(summary['model']['path'])} {quote(folder)}"]
     return lines + _certificate_words(summary)
+
+
+def _further_claims(summary: Mapping[str, Any]) -> list[str]:
+    """The claim for IEEE execution, and which inputs keep their class."""
+    kept, run = summary["preserved"], summary["float"]
+    words = (f"Claim (float, executed in {run['dtype']}): {_without_kind(run['words'])}, no TF32 or half precision." if run
+             else "Claim (float): none; a sum could overflow, or there is no proof.")
+    return [words] + ([f"Classes: {kept['words']}."] if kept else [])
 
 
 def _certificate_words(summary: Mapping[str, Any]) -> list[str]:
