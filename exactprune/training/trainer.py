@@ -200,7 +200,7 @@ class _Run:
             return 0, [], None
         kept: dict[str, Any] = torch.load(self.checkpoint, weights_only=True, map_location=self.x.device)
         if kept["options"] != asdict(self.options) or kept["samples"] != len(self.x):
-            raise OptionError(f"{self.checkpoint}: is of a run with other options or data; delete it or do not resume")
+            raise OptionError(f"{self.checkpoint}: is of another run (other options or data); delete it or do not resume")
         self.module.load_state_dict(kept["module"])
         self.optimizer.load_state_dict(kept["optimizer"])
         return kept["epoch"], list(kept["losses"]), kept["random"].cpu()
