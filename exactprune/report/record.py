@@ -80,7 +80,7 @@ def write_run(verification: Verification, folder: str | Path, *, model: str | Pa
     files = {"neurons.csv": neurons_csv(verification.layers).encode(), "domain.npz": domain_bytes(verification.domain),
              CERTIFICATES: certificate}
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("run.json", "network.npz", "compression.json"):
+    for name in ("run.json", "network.npz", "compression.json", "report.html", "report.json"):
         (folder / name).unlink(missing_ok=True)
     if keep_network:
         save_npz(verification.network, folder / "network.npz")
