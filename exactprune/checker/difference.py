@@ -157,7 +157,8 @@ class Difference:
 
     def _relate_pool(self, position: int, of: int, units: Array, ratios: Array) -> None:
         source, original = self.g.nodes[position].inputs[0], self.f.nodes[of].inputs[0]
-        if (units < 0).any() or self.g.nodes[position].op.settings != self.f.nodes[of].op.settings:
+        same = _same_settings(self.g.nodes[position].op, self.f.nodes[of].op)
+        if (units < 0).any() or not same or self.g.shape_of(source)[1:] != self.f.shape_of(original)[1:]:
             raise CheckError(f"node {position}: a max pool needs the same windows and a unit of f for each of its own")
         inner = elements(self.f.shape_of(original), 0, units)
         error = self._compare(source, original, inner, per_element(self.g.shape_of(source), 0, ratios))
