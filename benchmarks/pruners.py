@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 import exactprune
-from exactprune import pruners
 from exactprune.errors import ExactPruneError
+from exactprune.io import to_torch
+from exactprune.pruners.problem import working_copy
 from exactprune.pruners.woodfisher import block_inverse
 from exactprune.training import load_data
 
@@ -52,7 +53,7 @@ def one(model: str, method: str, samples: int) -> dict[str, Any]:
 def dense(model: str, samples: int, memory: float) -> dict[str, Any]:
     """Empirical Fisher OBS the obvious way: one backward pass per sample, one big matrix, one big inverse."""
     data = load_data("fashion-mnist").first(samples)
-    module = pruners.problem.working_copy(exactprune.io.to_torch(exactprune.load(MODELS / f"{model}.pt")), torch.float64)
+    module = working_copy(to_torch(exactprune.load(MODELS / f"{model}.pt")), torch.float64)
     weights = [p for p in module.parameters() if p.dim() > 1]
     n = sum(w.numel() for w in weights)
     began = time.perf_counter()

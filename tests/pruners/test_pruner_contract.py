@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import exactprune
+import exactprune.pruning  # registers scaling-up where the package is not installed
 from exactprune import pruners
 from exactprune.errors import DataError, ExactPruneError, OptionError, WeightError
 from exactprune.pruners import epsilon_resnet
@@ -48,7 +49,7 @@ class Contract:
         tensors = plan.masks if plan.units is None else plan.units
         return round(sparsity * sum(t.numel() for t in tensors.values()))
 
-    @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.37, 0.6, 0.9, 1.0])
+    @pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.9, 1.0])
     def test_exact_count(self, net, data, sparsity):
         plan = self.plan(net, data, sparsity)
         if self.exact:
@@ -251,7 +252,7 @@ class TestNispBudget(Contract):
 
 class TestLottery(Contract):
     method = "lottery"
-    options: ClassVar[dict[str, Any]] = {"epochs": 1, "rate": 0.5, "rewind": 1}
+    options: ClassVar[dict[str, Any]] = {"epochs": 1, "rate": 0.8, "rewind": 1}
 
 
 class TestSet(Contract):
@@ -300,8 +301,8 @@ class TestScalingUp(Contract):
 
 
 def test_every_method_has_a_contract():
-    covered = {c.method for c in globals().values() if isinstance(c, type) and issubclass(c, Contract) and c.__name__[:4] == "Test"}
-    assert covered == set(pruners.names())
+    suites = [c for name, c in globals().items() if name.startswith("Test") and issubclass(c, Contract)]
+    assert {suite.method for suite in suites} == set(pruners.names())
 
 
 def test_every_method_says_where_it_comes_from():
