@@ -6,8 +6,9 @@ whose relaxation gives most away at the node's maximising corner. That corner, e
 counterexample: it is how most unstable neurons that sampling missed are found. (Bunel et al. 2020, "Branch and bound for
 piecewise linear neural network verification"; Wang et al. 2021, "Beta-CROWN".)
 
-Why sound: the leaves of the tree cover D, each leaf's bound is sound in floating point for whatever multipliers it uses, and the
-tree with the multipliers is a certificate that the checker re-evaluates exactly. Nothing else is believed.
+Why sound: the leaves of the tree cover D, and the tree with a leaf's multipliers is a certificate that the checker re-evaluates
+exactly; nothing else is believed. A leaf closed by the dual ascent has a sound bound already; one closed by an LP has only the
+solver's word until the checker has seen its multipliers.
 
 Work is counted in nodes, not seconds, wherever it could change a verdict, so equal runs give equal answers; the time limit
 can only turn verdicts into ``unknown``.
@@ -28,6 +29,8 @@ from exactprune.bounds.dual import Optimised, Rows, optimise
 from exactprune.bounds.interval import NodeBounds
 from exactprune.bounds.program import Program
 from exactprune.deciders.proofs import Multipliers, Tree
+
+LP_MARGIN = 1e-7  # of a neuron's range: a solver's tolerance is not to close a node
 
 Refuter = Callable[[Tensor, Tensor, Tensor], Tensor]
 Splits = tuple[tuple[int, int, int], ...]
@@ -249,7 +252,7 @@ class BranchAndBound:
             return False
         relaxed = self.node_lp(problem.neuron, problem.sign, splits)
         problem.lp_tried += 1
-        if relaxed.bound <= 0 and relaxed.multipliers is not None:
+        if relaxed.bound <= -LP_MARGIN * self._range(problem.neuron) and relaxed.multipliers is not None:
             problem.lp_closed += 1
             problem.leaves[place] = relaxed.multipliers
             return True
@@ -258,6 +261,10 @@ class BranchAndBound:
             sign = torch.tensor([float(problem.sign)], dtype=torch.float64, device=self.program.device)
             problem.refuted = bool(self.refute(point, torch.tensor([problem.neuron]), sign)[0])
         return problem.refuted
+
+    def _range(self, neuron: int) -> float:
+        bounds = self.known[self.program.preactivation(self.layer)]
+        return float(bounds.upper[0, neuron] - bounds.lower[0, neuron])
 
     def _branch(self, solved: Optimised, row: int) -> tuple[int, int] | None:
         best, choice = 0.0, None

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from exactprune.bounds.dual import initial_rows, optimise
+from exactprune.bounds.interval import NodeBounds
 from exactprune.bounds.layerwise import Layerwise, first_is_exact, start
 from exactprune.bounds.program import compile_network
 from exactprune.bounds.witness import WitnessSearch
 from exactprune.claim import Method, Status
-from exactprune.deciders.input_split import InputSplit, Question, SplitLimits
+from exactprune.deciders.input_split import MARGIN, InputSplit, Question, SplitLimits
 from exactprune.deciders.outcome import LayerSuggestions
 from exactprune.deciders.proofs import Multipliers, Record, Tree, crown_record, linear_record
 from exactprune.deciders.tasks import LP_AFTER, QUESTIONS_A_TASK, Setting, Task, TaskResult, bounds_before, run_task
@@ -153,6 +154,7 @@ class Cascade:
         self.proofs: list[_Fixed | _Linear | Tree] = []
         self.stages: list[StageTime] = []
         self.sharpened = False
+        self.before_split: dict[int, NodeBounds] = {}
         self.adopted = 0  # so many of the proofs are from an earlier run's file
 
     # -- the run -------------------------------------------------------------------------------------------------------
@@ -399,6 +401,7 @@ class Cascade:
                 self.progress.advance(max(0, count - done[0]))
                 done[0] = max(done[0], count)
 
+            self.before_split = dict(self.state.known)
             result = InputSplit(self.program, self.state.known, questions, refuted, SplitLimits(deadline), moved).run()
             if result.record is not None:
                 self.proofs.append(_Fixed(result.record))
@@ -406,6 +409,23 @@ class Cascade:
                 self._proved(questions[i].layer, questions[i].neuron, questions[i].sign, Method.INPUT_SPLIT)
             for i, reason in result.reasons.items():
                 self.layers[questions[i].layer].reasons[questions[i].neuron] = reason
+
+    def split_again(self, questions: Sequence[Question]) -> bool:
+        """Proofs with a hundred times the margin for questions whose sub-boxes the checker did not accept; whether any is new."""
+        known = dict(self.state.known)
+        for layer in {q.layer for q in questions}:
+            position = self.program.preactivation(layer)
+            before, now = self.before_split.get(position, known[position]), known[position]
+            here = torch.tensor([q.neuron for q in questions if q.layer == layer], device=self.program.device)
+            lower, upper = now.lower.clone(), now.upper.clone()
+            lower[:, here], upper[:, here] = before.lower[:, here], before.upper[:, here]
+            known[position] = NodeBounds(lower, upper, now.error)
+        limits = SplitLimits(monotonic() + max(10.0, 0.1 * self.effort.time_limit))
+        nothing = np.zeros(len(questions), bool)
+        result = InputSplit(self.program, known, questions, lambda _: nothing, limits, margin=100 * MARGIN).run()
+        if result.record is not None:
+            self.proofs.append(_Fixed(result.record))
+        return result.record is not None
 
     def _proved(self, layer: int, neuron: int, sign: int, method: Method) -> None:
         self._narrow(layer, np.array([neuron]), sign, np.zeros(1))

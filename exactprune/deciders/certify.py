@@ -19,6 +19,7 @@ from exactprune.bounds.layerwise import crown_bounds
 from exactprune.bounds.witness import Witnesses
 from exactprune.claim import LayerVerdict, Method, Status
 from exactprune.deciders.cascade import BITS, Cascade
+from exactprune.deciders.input_split import Question
 from exactprune.deciders.proofs import Record, Tree, crown_record, pack, pack_integers
 from exactprune.domain import Box
 from exactprune.network import Network
@@ -142,6 +143,8 @@ class _Draft:
     def repair(self, rejected: Sequence[tuple[int, int, str, str]], give_up: bool) -> int:
         """More bits for what was rejected, or unknown; returns how many verdicts were given up."""
         self.attempts += 1
+        if self.attempts == 1 and self._split_again(rejected):
+            return 0
         given_up = 0
         wrong = {(layer, neuron) for layer, neuron, _, _ in rejected}
         for layer, neuron, claim, reason in rejected:
@@ -156,6 +159,15 @@ class _Draft:
                          and self.status[p.layer][p.neuron] == Status.UNKNOWN else b
                          for p, b in zip(self.cascade.proofs, self.bits, strict=True)]
         return given_up
+
+    def _split_again(self, rejected: Sequence[tuple[int, int, str, str]]) -> bool:
+        """New sub-boxes for rejected verdicts of input splitting, the old ones stay: they prove the others."""
+        signs = {"inactive": 1, "active": -1}
+        questions = [Question(layer, neuron, signs[claim]) for layer, neuron, claim, _ in rejected
+                     if claim in signs and self.method[layer][neuron] == Method.INPUT_SPLIT]
+        found = bool(questions) and self.cascade.split_again(questions)
+        self.bits.extend([0] * (len(self.cascade.proofs) - len(self.bits)))
+        return found
 
     def retreat(self, error: str) -> int:
         """Leave out what the checker cannot read: first an earlier run's proofs, then a layer; returns verdicts given up."""

@@ -99,17 +99,19 @@ class InputSplit:
             by now, booleans (questions,).
         limits: when to give up.
         progress: called with the number of settled questions.
+        margin: how far below 0 a bound has to be, in parts of the neuron's range on D, so that the checker's coarser
+            arithmetic settles the box too.
     """
 
     def __init__(self, program: Program, known: dict[int, NodeBounds], questions: Sequence[Question],
                  refuted: Callable[[Tensor], np.ndarray], limits: SplitLimits,
-                 progress: Callable[[int], None] | None = None) -> None:
+                 progress: Callable[[int], None] | None = None, margin: float = MARGIN) -> None:
         self.program, self.known, self.questions = program, known, questions
         self.refuted, self.limits, self.progress = refuted, limits, progress
         self.layer_of = torch.tensor([q.layer for q in questions], device=program.device)
         self.neuron_of = torch.tensor([q.neuron for q in questions], device=program.device)
         self.sign_of = torch.tensor([float(q.sign) for q in questions], dtype=torch.float64, device=program.device)
-        self.margin = self._margins()
+        self.margin = margin * self._ranges()
         self.forest = _Forest()
         self.given_up = torch.zeros(len(questions), dtype=torch.bool, device=program.device)
         self.gone = torch.zeros_like(self.given_up)
@@ -133,13 +135,13 @@ class InputSplit:
         left = wanted.any(dim=0) if len(nodes) else torch.zeros_like(self.gone)
         return self._result(left, timed_out)
 
-    def _margins(self) -> Tensor:
-        """How far below 0 a bound has to be, so that the checker's coarser arithmetic settles the box too."""
+    def _ranges(self) -> Tensor:
+        """Width of the bounds of every question's neuron on D."""
         width = []
         for q in self.questions:
             bounds = self.known[self.program.preactivation(q.layer)]
             width.append(float(bounds.upper[0, q.neuron] - bounds.lower[0, q.neuron]))
-        return MARGIN * torch.tensor(width, dtype=torch.float64, device=self.program.device)
+        return torch.tensor(width, dtype=torch.float64, device=self.program.device)
 
     # -- one round -----------------------------------------------------------------------------------------------------
 
