@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from exactprune.bounds.fields import field as field_of
+from exactprune.bounds.fields import tiles
 from exactprune.bounds.interval import NodeBounds, pool_windows
 from exactprune.bounds.program import FLOOR, TINY, Program
 from exactprune.bounds.relaxation import Relaxation, fused
@@ -68,7 +70,7 @@ class Backward:
         self.layer_of = {position: k for k, position in enumerate(program.network.relus)}
 
     def run(self, start: int, v: Tensor, total: Tensor) -> Tensor:
-        """Upper bound of v . output(start) + total, (groups, rows); ``v`` is consumed."""
+        """Upper bound of v . output(start) + total, (groups, rows). ``v`` is overwritten unless there is a trace."""
         pending = {start: v}
         for position in range(start, INPUT, -1):
             if position in pending:
@@ -82,8 +84,9 @@ class Backward:
                 return self._relu(position, v, total, pending)
             case Add():
                 total = total + self._shared_error(position, v)
-                for source in node.inputs:
-                    _accumulate(pending, source, v)
+                for source in node.inputs[1:]:
+                    self._give(pending, position, source, v.clone())
+                self._give(pending, position, node.inputs[0], v)
                 return total
             case MaxPool2d():
                 return self._max_pool(position, v, total, pending)
@@ -94,24 +97,37 @@ class Backward:
         relaxation = self.relaxations[layer]
         if self.trace is not None:
             self.trace.at_relu[layer] = v
+        kept = self.trace is not None
         if relaxation.alive is not None:
-            v = v.index_select(-1, relaxation.alive)
+            v, kept = v.index_select(-1, relaxation.alive), False
         plus = v.clamp(min=0)
         total = total + _dot(plus, relaxation.on_plus) - _dot(v, relaxation.on_all)
-        a = torch.addcmul(v * relaxation.low.unsqueeze(1), plus, relaxation.gap.unsqueeze(1))
+        low, gap = relaxation.low.unsqueeze(1), relaxation.gap.unsqueeze(1)
+        a = (v * low if kept else v.mul_(low)).addcmul_(plus, gap)
         if layer in self.extra:
             a, total = self._with_extra(layer, source, a, total)
         if not fused(self.program, layer):
-            _accumulate(pending, source, a)
+            self._give(pending, position, source, a)
             return total
         below = self.program.network.nodes[source].inputs[0]
         mapping = self.program.maps[source]
         assert mapping is not None
         if relaxation.weight is not None:
-            _accumulate(pending, below, a @ relaxation.weight)
+            self._give(pending, source, below, a @ relaxation.weight)
         else:
-            _accumulate(pending, below, mapping.transposed(a.flatten(0, 1)).view(*a.shape[:2], -1))
+            self._give(pending, source, below, mapping.transposed(a.flatten(0, 1)).view(*a.shape[:2], -1))
         return total
+
+    def _give(self, pending: dict[int, Tensor], position: int, source: int, v: Tensor) -> None:
+        """Hand coefficients of a node on to one of its inputs. Tensors in ``pending`` are nobody else's: overwritten freely."""
+        places = self.program.inside.get((position, source))
+        if source not in pending:
+            wider = places is not None
+            pending[source] = v.new_zeros(*v.shape[:2], self.program.size(source)).index_copy_(2, places, v) if wider else v
+        elif places is None:
+            pending[source].add_(v)
+        else:
+            pending[source].index_add_(2, places, v)
 
     def _with_extra(self, layer: int, source: int, a: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         extra = self.extra[layer]
@@ -135,7 +151,7 @@ class Backward:
             total = total + v.abs() @ (error.reshape(-1, error.shape[-1])[0] * (self.program.gamma * (1 + 1e-6)) + TINY)
         total = total + self._shared_error(position, v)
         moved = mapping.transposed(v.flatten(0, 1)).view(*v.shape[:2], -1)
-        _accumulate(pending, self.program.network.nodes[position].inputs[0], moved)
+        self._give(pending, position, self.program.network.nodes[position].inputs[0], moved)
         return total
 
     def _shared_error(self, position: int, v: Tensor) -> Tensor | float:
@@ -155,7 +171,7 @@ class Backward:
         a = minus + plus * wins.unsqueeze(1)
         out = v.new_zeros(*v.shape[:2], self.program.size(source))
         out.scatter_add_(2, chosen.unsqueeze(1).expand(v.shape[0], v.shape[1], -1), a)
-        _accumulate(pending, source, out)
+        self._give(pending, position, source, out)
         return total
 
     def _at_input(self, v: Tensor | None, total: Tensor) -> Tensor:
@@ -167,12 +183,9 @@ class Backward:
         middle = 0.5 * bounds.lower + 0.5 * bounds.upper
         radius = torch.maximum(bounds.upper - middle, middle - bounds.lower) * (1 + 2.0**-50)
         radius = (radius + self.program.gamma * (radius + middle.abs())) * (1 + 1e-15) + TINY
-        plus = v.clamp(min=0)
-        return total + _dot(plus, 2 * radius) + _dot(v, middle - radius)
-
-
-def _accumulate(pending: dict[int, Tensor], position: int, v: Tensor) -> None:
-    pending[position] = pending[position] + v if position in pending else v
+        total = total + _dot(v, middle - radius)
+        plus = v.clamp(min=0) if self.trace is not None else v.clamp_(min=0)
+        return total + _dot(plus, 2 * radius)
 
 
 def pool_choice(program: Program, position: int, x: NodeBounds) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -222,43 +235,64 @@ def crown_rows(program: Program, layer: int, neurons: Tensor, known: Mapping[int
         known: bounds of the nodes before (``groups`` boxes), with ``error`` for linear nodes.
         relaxations: of the ReLU layers before.
         memory: bytes the pass may use.
-        sensitivity: if given, (groups, rows of the part, inputs) are appended: abs of the coefficients on the input, both
+        sensitivity: if given, a tensor (groups, len(neurons), inputs) is appended: abs of the coefficients on the input, both
             sides added.
 
     Returns:
         (lower, upper), each (groups, len(neurons)); infinite where the arithmetic failed.
     """
     groups = len(known[INPUT].lower)
+    bounds = torch.full((2, groups, len(neurons)), torch.inf, dtype=torch.float64, device=program.device)
+    if sensitivity is not None:
+        sensitivity.append(bounds.new_zeros(groups, len(neurons), program.size(INPUT)))
+    for tile, window in tiles(program, layer, neurons):
+        seen = field_of(program, layer, window)
+        if seen is None:
+            cut = _Cut(program, known, relaxations, neurons)
+        else:
+            cut = _Cut(seen.program, seen.bounds(known), seen.relaxations(relaxations), seen.local(neurons[tile]))
+        for part in torch.arange(len(tile), device=tile.device).split(_step(cut.program, layer, groups, memory)):
+            trace = Trace() if sensitivity is not None else None
+            bounds[:, :, tile[part]] = _crown_part(cut, layer, part, trace)
+            if sensitivity is not None and trace is not None and trace.at_input is not None:
+                places = seen.kept.get(INPUT) if seen is not None else None
+                _put_sizes(sensitivity[-1], tile[part], places, trace.at_input)
+    return -bounds[1], bounds[0]
+
+
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """The part of a program that some neurons see (see ``fields``), and what is known about it."""
+
+    program: Program
+    known: Mapping[int, NodeBounds]
+    relaxations: Mapping[int, Relaxation]
+    neurons: Tensor
+
+
+def _step(program: Program, layer: int, groups: int, memory: int) -> int:
+    """Neurons a pass: what memory allows, and on a CPU what stays in cache."""
     widest = max(program.size(i) for i in range(INPUT, program.preactivation(layer) + 1))
     step = max(1, memory // (8 * 8 * 2 * groups * widest))
-    if program.device.type == "cpu":
-        step = min(step, max(16, _ROWS * 800 // (groups * widest * 2)))
-    lowers, uppers = [], []
-    for part in neurons.split(step):
-        trace = Trace() if sensitivity is not None else None
-        lower, upper = _crown_part(program, layer, part, known, relaxations, trace)
-        if sensitivity is not None and trace is not None:
-            sensitivity.append(_sizes(trace, len(part), lower, program))
-        lowers.append(lower)
-        uppers.append(upper)
-    empty = torch.zeros(groups, 0, dtype=torch.float64, device=program.device)
-    return torch.cat([empty, *lowers], dim=1), torch.cat([empty, *uppers], dim=1)
+    return step if program.device.type != "cpu" else min(step, max(16, _ROWS * 800 // (groups * widest * 2)))
 
 
-def _crown_part(program: Program, layer: int, neurons: Tensor, known: Mapping[int, NodeBounds],
-                relaxations: Mapping[int, Relaxation], trace: Trace | None) -> tuple[Tensor, Tensor]:
-    start, rows, constant = start_rows(program, layer, neurons, known)
-    groups = len(known[INPUT].lower)
-    v = torch.cat([rows, -rows]).unsqueeze(0).expand(groups, -1, -1)
+def _crown_part(cut: _Cut, layer: int, part: Tensor, trace: Trace | None) -> Tensor:
+    """(2, groups, rows): upper bounds of z_hat, and of minus z_hat."""
+    neurons, groups = cut.neurons[part], len(cut.known[INPUT].lower)
+    start, rows, constant = start_rows(cut.program, layer, neurons, cut.known)
+    v = torch.cat([rows, -rows]).unsqueeze(0).repeat(groups, 1, 1)
     total = torch.cat([constant, -constant]).expand(groups, -1)
-    bound = Backward(program, known, relaxations, trace).run(start, v, total)
-    bound = bound + start_error(program, layer, neurons, known).repeat(2)
-    bound = torch.nan_to_num(bound, nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
-    return -bound[:, len(neurons) :], bound[:, : len(neurons)]
+    bound = Backward(cut.program, cut.known, cut.relaxations, trace).run(start, v, total)
+    bound = bound.view(groups, 2, -1).transpose(0, 1) + start_error(cut.program, layer, neurons, cut.known)
+    return torch.nan_to_num(bound, nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
 
 
-def _sizes(trace: Trace, rows: int, like: Tensor, program: Program) -> Tensor:
-    if trace.at_input is None:
-        return like.new_zeros(*like.shape, program.size(INPUT))
-    size = trace.at_input.abs()
-    return size[:, :rows] + size[:, rows:]
+def _put_sizes(into: Tensor, rows: Tensor, places: Tensor | None, at_input: Tensor) -> None:
+    """Store abs of the coefficients on the input, both sides added."""
+    size = at_input.abs()
+    size = size[:, : len(rows)] + size[:, len(rows) :]
+    if places is None:
+        into[:, rows] = size
+    else:
+        into[:, rows[:, None], places] = size

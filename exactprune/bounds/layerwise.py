@@ -64,9 +64,10 @@ class Layerwise:
     def narrow(self, layer: int, neurons: Tensor, lower: Tensor, upper: Tensor) -> None:
         """Intersect the bounds of some rows with (lower, upper), each (groups, rows). Crossing bounds are left alone."""
         position, bounds = self.program.preactivation(layer), self.at(layer)
-        new_lower, new_upper = bounds.lower.clone(), bounds.upper.clone()
-        new_lower[:, neurons] = torch.maximum(bounds.lower[:, neurons], lower)
-        new_upper[:, neurons] = torch.minimum(bounds.upper[:, neurons], upper)
+        tighter_lower = torch.maximum(bounds.lower.index_select(1, neurons), lower)
+        tighter_upper = torch.minimum(bounds.upper.index_select(1, neurons), upper)
+        new_lower = bounds.lower.index_copy(1, neurons, tighter_lower)
+        new_upper = bounds.upper.index_copy(1, neurons, tighter_upper)
         self.known[position] = NodeBounds(new_lower, new_upper, bounds.error)
 
 
@@ -80,12 +81,19 @@ def crown_bounds(program: Program, lower: Tensor, upper: Tensor, memory: int = 1
 
     The first layer's rows are skipped where it is linear in the input: its interval bounds are exact already.
     """
-    state = start(program, lower, upper, memory)
-    for layer in range(program.layers):
-        state.enter(layer)
-        if not first_is_exact(program, layer):
-            state.crown(layer, state.open_rows(layer))
-    return tuple(state.at(layer) for layer in range(program.layers))
+    with torch.inference_mode():
+        state = start(program, lower, upper, memory)
+        for layer in range(program.layers):
+            state.enter(layer)
+            if not first_is_exact(program, layer):
+                state.crown(layer, state.open_rows(layer))
+    return tuple(_ordinary(state.at(layer)) for layer in range(program.layers))
+
+
+def _ordinary(bounds: NodeBounds) -> NodeBounds:
+    """The bounds as tensors that may be changed outside inference mode."""
+    error = bounds.error if bounds.error is None else bounds.error.clone()
+    return NodeBounds(bounds.lower.clone(), bounds.upper.clone(), error)
 
 
 def first_is_exact(program: Program, layer: int) -> bool:

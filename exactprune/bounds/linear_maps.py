@@ -11,7 +11,9 @@ any order of summation (Higham, Accuracy and Stability of Numerical Algorithms, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from copy import copy
 from math import ceil, prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ from torch import Tensor
 
 from exactprune.ops import Affine, AvgPool2d, Conv2d, Op, Pad, Reshape, Scale, Shape, Transpose
 
+_SMALL = 1 << 18  # doubles in a matrix of a cropped convolution
+_DENSER = 4.0  # times the products of gathered windows that a plain matrix may take: gathering costs twice its products
 _CACHE_DOUBLES = 1 << 17  # 1 MB of gathered windows: they are read again before they leave the cache
 
 
@@ -56,17 +60,17 @@ class LinearMap(ABC):
         return self.transposed(unit)
 
 
-def _part(weight: Tensor, part: str) -> Tensor:
-    match part:
-        case "all":
-            return weight
-        case "abs":
-            return weight.abs()
-        case "plus":
-            return weight.clamp(min=0)
-        case "minus":
-            return weight.clamp(max=0)
-    raise ValueError(part)
+class _Parts(dict[str, Tensor]):
+    """M, abs(M), max(M, 0) and min(M, 0) by name, each made when first asked for: weights never change."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(all=weight)
+
+    def __missing__(self, part: str) -> Tensor:
+        weight = self["all"]
+        made = {"abs": weight.abs, "plus": weight.relu, "minus": lambda: weight.clamp(max=0)}[part]()
+        self[part] = made
+        return made
 
 
 def _smallest(weight: Tensor) -> float:
@@ -83,13 +87,14 @@ class DenseMap(LinearMap):
 
     def __init__(self, op: Affine, device: torch.device) -> None:
         self.weight = _tensor(op.weight, device)
+        self.parts = _Parts(self.weight)
         self.bias = _tensor(op.bias, device)
         self.size_out, self.size_in = self.weight.shape
         self.smallest = _smallest(self.weight)
         self.terms = max(self.weight.shape)
 
     def forward(self, x: Tensor, part: str = "all") -> Tensor:
-        return x @ _part(self.weight, part).T
+        return x @ self.parts[part].T
 
     def transposed(self, v: Tensor) -> Tensor:
         return v @ self.weight
@@ -97,39 +102,128 @@ class DenseMap(LinearMap):
     def rows(self, indices: Tensor) -> Tensor:
         return self.weight[indices]
 
+    def columns(self, indices: Tensor) -> DenseMap:
+        """The map that takes some entries of x, in the given order."""
+        made = copy(self)
+        made.weight = self.weight[:, indices]
+        made.parts, made.size_in = _Parts(made.weight), len(indices)
+        return made
+
+
+class Window(NamedTuple):
+    """Rows ``top`` to ``bottom`` and columns ``left`` to ``right`` (both exclusive at the end) of an image."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
 
 class ConvMap(LinearMap):
-    """M is a convolution with zero padding."""
+    """M is a convolution with zero padding, possibly cropped: from a window of the input to a window of the output.
+
+    Attributes:
+        shape_in, shape_out: (channels, height, width) of what M maps from and to.
+        padding: (top, left, bottom, right); top and left may be negative in a crop: values there are not read.
+        last_in, last_out: whether the flat vectors are laid out (height, width, channels) instead of C order.
+        blocked: whether the input's places are laid out as ``block`` says.
+        small: M itself, in a crop where using it is cheaper than gathering.
+    """
 
     def __init__(self, op: Conv2d, shape_in: Shape, device: torch.device) -> None:
         self.shape_in, self.shape_out = shape_in, op.output_shape(shape_in)
         self.stride, self.dilation, self.groups, self.kernel = op.stride, op.dilation, op.groups, op.kernel
         self.padding = op.padding
+        self.last_in = self.last_out = False
         self.size_in, self.size_out = prod(shape_in), prod(self.shape_out)
         self.weight = _tensor(op.weight, device)
+        self.parts = _Parts(self.weight)
         self.smallest = _smallest(self.weight)
         places = self.shape_out[1] * self.shape_out[2]
-        self.bias = _tensor(op.bias, device).repeat_interleave(places)
+        self.channel_bias = _tensor(op.bias, device)
+        self.bias = self.channel_bias.repeat_interleave(places)
         self.terms = max(prod(op.weight.shape[1:]), op.weight.shape[0] * prod(op.kernel))
-        self._phases = None if self._plain else self._polyphase()
+        self.blocked = False
+        self._matrices: dict[tuple[int, int], Tensor] = {}
+        self._dense: dict[tuple, Tensor] = {}
+        self.small: Tensor | None = None
 
     @property
-    def _plain(self) -> bool:
-        return self.groups > 1 or self.dilation != (1, 1)
+    def gathers(self) -> bool:
+        """Whether the transposed map gathers windows; grouped and dilated convolutions scatter them instead."""
+        return self.groups == 1 and self.dilation == (1, 1)
+
+    def field(self, out: Window) -> Window:
+        """The window of the input that a window of the output reads."""
+        top, bottom = self._reach(0, out.top, out.bottom)
+        return Window(top, bottom, *self._reach(1, out.left, out.right))
+
+    def _reach(self, axis: int, start: int, stop: int) -> tuple[int, int]:
+        stride, length = self.stride[axis], self.shape_in[1 + axis]
+        first = start * stride - self.padding[axis]
+        last = (stop - 1) * stride - self.padding[axis] + self.kernel[axis]
+        first, last = min(max(first, 0), length - 1), max(min(last, length), 1)
+        return first - first % stride, min(last + -last % stride, length)  # whole strides need no cutting
+
+    def crop(self, out: Window | None, into: Window | None) -> ConvMap:
+        """The map between windows, each laid out channels last; None: the whole image in C order. For ``transposed`` only."""
+        made = copy(self)
+        made.last_in, made.last_out = into is not None, out is not None
+        into = into or Window(0, self.shape_in[1], 0, self.shape_in[2])
+        out = out or Window(0, self.shape_out[1], 0, self.shape_out[2])
+        made.shape_in = (self.shape_in[0], into.bottom - into.top, into.right - into.left)
+        made.shape_out = (self.shape_out[0], out.bottom - out.top, out.right - out.left)
+        made.size_in, made.size_out = prod(made.shape_in), prod(made.shape_out)
+        top = into.top + self.padding[0] - out.top * self.stride[0]
+        left = into.left + self.padding[1] - out.left * self.stride[1]
+        made.padding = (top, left, 0, 0)
+        if made.last_out:
+            made.bias = self.channel_bias.repeat(made.shape_out[1] * made.shape_out[2])
+        made.small = made._small_matrix()
+        return made
+
+    def _small_matrix(self) -> Tensor | None:
+        """M itself, where it is so small that one product with it is cheaper than gathering windows."""
+        blocks = prod(stop - first for first, stop, _ in (self._blocks(0), self._blocks(1)))
+        if self.size_in * self.size_out > min(_SMALL, _DENSER * blocks * prod(self._taps) * self.weight[:, :, 0, 0].numel()
+                                              * prod(self.stride)):
+            return None
+        key = (self.shape_in, self.shape_out, self.padding, self.last_in, self.last_out, self.blocked)
+        if key not in self._dense:
+            self._dense[key] = self.transposed(torch.eye(self.size_out, dtype=torch.float64, device=self.weight.device))
+        return self._dense[key]
+
+    def block(self) -> Tensor | None:
+        """Leave the input's places blocks of ``stride`` together, as products come: the order, or None where that cannot be."""
+        (_, _, cut_y), (_, _, cut_x) = self._blocks(0), self._blocks(1)
+        channels, height, width = self.shape_in
+        if not self.last_in or self.stride == (1, 1) or cut_y or cut_x or height % self.stride[0] or width % self.stride[1]:
+            return None
+        self.blocked, self.small = True, None
+        self.small = self._small_matrix()
+        places = torch.arange(self.size_in, device=self.weight.device)
+        return places.view(height // self.stride[0], self.stride[0], -1, self.stride[1], channels).transpose(1, 2).reshape(-1)
 
     def forward(self, x: Tensor, part: str = "all") -> Tensor:
         top, left, bottom, right = self.padding
         padded = F.pad(x.reshape(-1, *self.shape_in), (left, right, top, bottom))
         columns = F.unfold(padded, self.kernel, dilation=self.dilation, stride=self.stride)
-        weight = _part(self.weight, part).reshape(self.groups, self.shape_out[0] // self.groups, -1)
+        weight = self.parts[part].reshape(self.groups, self.shape_out[0] // self.groups, -1)
         columns = columns.reshape(len(columns), self.groups, weight.shape[2], -1)
         return torch.matmul(weight, columns).reshape(len(columns), self.size_out)
 
     def transposed(self, v: Tensor) -> Tensor:
-        rows = v.reshape(-1, *self.shape_out)
-        if self._phases is None:
-            return self._transposed_by_fold(rows)
-        return self._transposed_by_gather(rows)
+        channels, height, width = self.shape_out
+        if self.small is not None:
+            return v @ self.small
+        if not self.gathers:
+            return self._transposed_by_fold(v.reshape(-1, *self.shape_out))
+        if self.last_out:
+            rows = v.reshape(-1, height, width, channels)
+        else:
+            rows = v.reshape(-1, channels, height * width).transpose(1, 2).reshape(-1, height, width, channels)
+        image = self._transposed_by_gather(rows)
+        return image.reshape(len(rows), -1) if self.last_in or self.blocked else image.permute(0, 3, 1, 2).reshape(len(rows), -1)
 
     def _transposed_by_fold(self, rows: Tensor) -> Tensor:
         top, left, bottom, right = self.padding
@@ -140,40 +234,64 @@ class ConvMap(LinearMap):
         image = F.fold(columns, (height, width), self.kernel, dilation=self.dilation, stride=self.stride)
         return image[:, :, top : top + self.shape_in[1], left : left + self.shape_in[2]].reshape(len(rows), -1)
 
-    def _polyphase(self) -> tuple[Tensor, tuple[int, int]]:
-        """Sub-kernels as one matrix (taps_y * taps_x * channels out, stride_y * stride_x * channels in), and the taps."""
-        (stride_y, stride_x), (kernel_y, kernel_x) = self.stride, self.kernel
-        taps = (ceil(kernel_y / stride_y), ceil(kernel_x / stride_x))
-        weight = F.pad(self.weight, (0, taps[1] * stride_x - kernel_x, 0, taps[0] * stride_y - kernel_y))
-        split = weight.reshape(*weight.shape[:2], taps[0], stride_y, taps[1], stride_x).flip(2, 4)
-        matrix = split.permute(2, 4, 0, 3, 5, 1).reshape(taps[0] * taps[1] * weight.shape[0], -1)
-        return matrix.contiguous(), taps
+    def _shift(self, axis: int) -> int:
+        """Zeros to put before the kernel so that input places start a stride, where that costs no further tap."""
+        stride, kernel = self.stride[axis], self.kernel[axis]
+        shift = -self.padding[axis] % stride
+        return shift if ceil((kernel + shift) / stride) == ceil(kernel / stride) else 0
+
+    @property
+    def _taps(self) -> tuple[int, int]:
+        return ceil(self.kernel[0] / self.stride[0]), ceil(self.kernel[1] / self.stride[1])
+
+    def _matrix(self, shift_y: int, shift_x: int) -> Tensor:
+        """Sub-kernels as one matrix (taps_y * taps_x * channels out, stride_y * stride_x * channels in)."""
+        if (shift_y, shift_x) not in self._matrices:
+            (stride_y, stride_x), (kernel_y, kernel_x) = self.stride, self.kernel
+            taps_y, taps_x = self._taps
+            after = (taps_x * stride_x - kernel_x - shift_x, taps_y * stride_y - kernel_y - shift_y)
+            weight = F.pad(self.weight, (shift_x, after[0], shift_y, after[1]))
+            split = weight.reshape(*weight.shape[:2], taps_y, stride_y, taps_x, stride_x).flip(2, 4)
+            matrix = split.permute(2, 4, 0, 3, 5, 1).reshape(taps_y * taps_x * weight.shape[0], -1)
+            self._matrices[shift_y, shift_x] = matrix.contiguous()
+        return self._matrices[shift_y, shift_x]
+
+    def _blocks(self, axis: int) -> tuple[int, int, int]:
+        """(first block of ``stride`` input places, one past the last, places to cut off the first)."""
+        start = self.padding[axis] + self._shift(axis)
+        first = start // self.stride[axis]
+        return first, -(-(start + self.shape_in[1 + axis]) // self.stride[axis]), start - first * self.stride[axis]
 
     def _transposed_by_gather(self, rows: Tensor) -> Tensor:
-        assert self._phases is not None
-        matrix, (taps_y, taps_x) = self._phases
-        channels, height, width = self.shape_out
-        blocks_y, blocks_x = height + taps_y - 1, width + taps_x - 1
-        padded = rows.new_zeros(len(rows), height + 2 * taps_y - 2, width + 2 * taps_x - 2, channels)
-        padded[:, taps_y - 1 : taps_y - 1 + height, taps_x - 1 : taps_x - 1 + width] = rows.permute(0, 2, 3, 1)
+        """(rows, height out, width out, channels out) -> (rows, height in, width in, channels in)."""
+        (y0, y1, cut_y), (x0, x1, cut_x) = self._blocks(0), self._blocks(1)
+        taps_y, taps_x = self._taps
+        halo = (0, 0, taps_x - 1 - x0, x1 - rows.shape[2], taps_y - 1 - y0, y1 - rows.shape[1])
+        padded = F.pad(rows, halo) if any(halo) else rows
         windows = padded.unfold(1, taps_y, 1).unfold(2, taps_x, 1).permute(0, 1, 2, 4, 5, 3)
-        out = rows.new_empty(len(rows), blocks_y * blocks_x, matrix.shape[1])
-        step = max(1, _CACHE_DOUBLES // (blocks_y * blocks_x * matrix.shape[0])) if rows.device.type == "cpu" else len(rows)
-        for start in range(0, len(rows), max(step, 1)):
-            part = windows[start : start + step].reshape(-1, matrix.shape[0])
-            torch.mm(part, matrix, out=out[start : start + step].view(-1, matrix.shape[1]))
-        return self._crop(out.view(len(rows), blocks_y, blocks_x, *self.stride, self.shape_in[0]))
+        blocks = self._products(windows, self._matrix(self._shift(0), self._shift(1)))
+        return blocks if self.blocked else blocks[:, cut_y : cut_y + self.shape_in[1], cut_x : cut_x + self.shape_in[2]]
 
-    def _crop(self, blocks: Tensor) -> Tensor:
-        """(rows, blocks_y, blocks_x, stride_y, stride_x, channels) -> (rows, size_in), padding cut off."""
-        rows, blocks_y, blocks_x, stride_y, stride_x, channels = blocks.shape
-        image = blocks.permute(0, 5, 1, 3, 2, 4).reshape(rows, channels, blocks_y * stride_y, blocks_x * stride_x)
-        top, left, _, _ = self.padding
-        image = image[:, :, top : top + self.shape_in[1], left : left + self.shape_in[2]]
-        short = (self.shape_in[2] - image.shape[3], self.shape_in[1] - image.shape[2])
-        return (F.pad(image, (0, short[0], 0, short[1])) if any(short) else image).reshape(rows, -1)
+    def _products(self, windows: Tensor, matrix: Tensor) -> Tensor:
+        """Windows (rows, blocks_y, blocks_x, ...) times the matrix, as an image (rows, height, width, channels in)."""
+        rows, blocks_y, blocks_x = windows.shape[:3]
+        (stride_y, stride_x), channels = self.stride, self.shape_in[0]
+        out = windows.new_empty(rows, blocks_y * stride_y, blocks_x * stride_x, channels)
+        step = rows
+        if windows.device.type == "cpu":
+            step = max(1, _CACHE_DOUBLES // (blocks_y * blocks_x * matrix.shape[0]))
+        for start in range(0, rows, step):
+            part, into = windows[start : start + step].reshape(-1, matrix.shape[0]), out[start : start + step]
+            if self.stride == (1, 1) or self.blocked:
+                torch.mm(part, matrix, out=into.view(-1, matrix.shape[1]))
+            else:
+                product = torch.mm(part, matrix).view(-1, blocks_y, blocks_x, stride_y, stride_x, channels)
+                into.view(-1, blocks_y, stride_y, blocks_x, stride_x, channels).copy_(product.transpose(2, 3))
+        return out
 
     def rows(self, indices: Tensor) -> Tensor:
+        if (small := self.small) is not None:
+            return small[indices]
         found = [super(ConvMap, self).rows(part) for part in indices.split(256)]
         return torch.cat(found) if found else self.weight.new_zeros(0, self.size_in)
 
@@ -183,15 +301,24 @@ class ScaleMap(LinearMap):
 
     def __init__(self, op: Scale, shape_in: Shape, device: torch.device) -> None:
         self.diagonal = _tensor(np.broadcast_to(op.scale, shape_in), device).reshape(-1)
+        self.parts = _Parts(self.diagonal)
         self.bias = _tensor(np.broadcast_to(op.shift, shape_in), device).reshape(-1)
         self.size_in = self.size_out = prod(shape_in)
         self.terms, self.smallest = 1, _smallest(self.diagonal)
 
     def forward(self, x: Tensor, part: str = "all") -> Tensor:
-        return x * _part(self.diagonal, part)
+        return x * self.parts[part]
 
     def transposed(self, v: Tensor) -> Tensor:
         return v * self.diagonal
+
+    def take(self, indices: Tensor) -> ScaleMap:
+        """The map on some entries, in the given order."""
+        assert self.bias is not None
+        made = copy(self)
+        made.diagonal, made.bias = self.diagonal[indices], self.bias[indices]
+        made.parts, made.size_in, made.size_out = _Parts(made.diagonal), len(indices), len(indices)
+        return made
 
 
 class MoveMap(LinearMap):

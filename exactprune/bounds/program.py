@@ -13,21 +13,24 @@ multiplies it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from exactprune.bounds.linear_maps import LinearMap, linear_map
 from exactprune.domain import Box
-from exactprune.network import INPUT, Network
+from exactprune.network import Network
 from exactprune.ops import Add, MaxPool2d, ReLU
 
 UNIT_ROUNDOFF = 2.0**-53
 TINY = 2.0**-960
 LARGE = 2.0**400
 FLOOR = 2.0**-560
+_KEPT = 31 << 17  # doubles in 31 MB: once a block of this size was freed, glibc keeps smaller ones instead of unmapping them
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +41,11 @@ class Program:
         network: what it was made from.
         device: where the tensors are.
         maps: per node, its linear map (None for ReLU, Add, MaxPool2d).
-        sizes: per node, the length of its flat output.
+        sizes: per node, the length of its flat output; the last entry is the input's (``INPUT`` is -1).
         gamma: relative error that covers every sum of products of the network.
+        fields: receptive fields met so far (see ``fields``); they depend on nothing but the network.
+        inside: in a cut program, (node, input) -> where the places that the node reads are among those held of its input,
+            if it reads some of them only.
     """
 
     network: Network
@@ -47,10 +53,12 @@ class Program:
     maps: tuple[LinearMap | None, ...]
     sizes: tuple[int, ...]
     gamma: float
+    fields: dict[tuple, Any] = field(default_factory=dict, repr=False)
+    inside: Mapping[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
 
     def size(self, position: int) -> int:
         """Flat length of the output of the node at ``position`` (``INPUT`` allowed)."""
-        return prod(self.network.input_shape) if position == INPUT else self.sizes[position]
+        return self.sizes[position]
 
     def preactivation(self, layer: int) -> int:
         """Position of the node that ReLU layer ``layer`` reads."""
@@ -70,10 +78,11 @@ class Program:
 def compile_network(network: Network, device: str | torch.device = "cpu") -> Program:
     """Copy the network's arrays to ``device`` as float64 and precompute what bound propagation needs."""
     device = torch.device(device)
+    torch.empty(_KEPT, dtype=torch.float64)  # and freed, untouched
     maps = tuple(linear_map(node.op, network.shape_of(node.inputs[0]), device) for node in network.nodes)
-    sizes = tuple(prod(shape) for shape in network.shapes)
+    sizes = tuple(prod(shape) for shape in (*network.shapes, network.input_shape))
     overlaps = [node.op.kernel[0] * node.op.kernel[1] for node in network.nodes if isinstance(node.op, MaxPool2d)]
-    terms = max([m.terms for m in maps if m is not None] + overlaps + [prod(network.input_shape)] + list(sizes), default=1)
+    terms = max([m.terms for m in maps if m is not None] + overlaps + list(sizes), default=1)
     n = terms + 4 * len(network.nodes) + 32
     gamma = 4 * n * UNIT_ROUNDOFF / (1 - n * UNIT_ROUNDOFF)
     assert all(m is not None or isinstance(node.op, ReLU | Add | MaxPool2d) for m, node in zip(maps, network.nodes))
