@@ -133,7 +133,7 @@ class Problem:
         """Prunable parameters of ``model``, detached."""
         return {name: layer.weight.detach() for name, layer in layers_of(self.model).items()}
 
-    @property
+    @cached_property
     def data(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets on the module's device, floats in ``dtype``.
 
@@ -145,7 +145,7 @@ class Problem:
         x, y = self.x.to(self.device), self.y.to(self.device)
         return (x.to(self.dtype) if x.is_floating_point() else x), (y.to(self.dtype) if y.is_floating_point() else y)
 
-    @property
+    @cached_property
     def inputs(self) -> Tensor:
         """Inputs alone, for methods that need no targets.
 
