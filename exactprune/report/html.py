@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from importlib.resources import files
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from exactprune.io.atomic import write_bytes
 from exactprune.report import plots
@@ -31,6 +32,7 @@ from exactprune.report.tables import size_words
 FILES = ("report.html", "report.md", "report.json")
 _STATUSES = ("inactive", "active", "unstable", "unknown")
 _FLOOR, _CEILING = Context(prec=6, rounding=ROUND_FLOOR), Context(prec=6, rounding=ROUND_CEILING)
+_POWER = re.compile(r"\d[\d.]*e-\d+[.,]?")
 _ESCAPES = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
@@ -118,10 +120,15 @@ def _asset(name: str) -> str:
 def _environment() -> Environment:
     env = Environment(loader=PackageLoader("exactprune.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
                       lstrip_blocks=True)
-    env.filters |= {"count": lambda n: f"{n:,}", "size": size_words, "seconds": _seconds, "change": _change,
+    env.filters |= {"count": lambda n: f"{n:,}", "size": size_words, "seconds": _seconds, "change": _change, "whole": _whole,
                     "value": lambda v: v if isinstance(v, str) else json.dumps(v),
                     "share": lambda s, most: plots.share_bar({"time": s, "rest": max(most - s, 0)}, ("time", "rest"), "")}
     return env
+
+
+def _whole(text: str) -> Markup:
+    """Escaped text whose numbers like 4.47e-08 are not broken across lines."""
+    return Markup(_POWER.sub(r'<span class="nowrap">\g<0></span>', str(escape(text))))
 
 
 def _seconds(value: float | str) -> str:

@@ -178,7 +178,7 @@ def _count_sentences(run: Mapping[str, Any]) -> list[str]:
     words = [f"Of {counts['neurons']:,} ReLU neurons, {counts['inactive']:,} are never on, {counts['active']:,} are always on, "
              f"{counts['unstable']:,} switch within the domain."]
     if counts["unknown"]:
-        words.append(f"About {counts['unknown']:,} neurons nothing is proved (unknown); they all stay.")
+        words.append(f"Nothing is proved about {counts['unknown']:,} of them (unknown): nothing is removed on unknown.")
     return words
 
 
@@ -229,20 +229,19 @@ def _kind_keys(layer: LayerVerdict, removed: Mapping[str, Any] | None) -> list[K
 
 def _fates_before(layer: LayerVerdict) -> list[tuple[str, str, str]]:
     """(fate, rule, level) of each neuron where nothing was compressed."""
-    whole = _whole(layer, Status.INACTIVE, 0)
-    words = {Status.ACTIVE: ("mergeable", "mergeable", ""), Status.UNSTABLE: ("stays", "unstable", ""),
-             Status.UNKNOWN: ("stays", "unknown", "")}
-    off = {True: ("removable", "removable", ""), False: ("stays", "partial", "")}
-    return [off[whole[i]] if status == Status.INACTIVE else words[Status(status)]
-            for i, status in enumerate(layer.status.tolist())]
+    off, on = (_whole(layer, status, 0) for status in (Status.INACTIVE, Status.ACTIVE))
+    words = {(Status.INACTIVE, True): ("removable", "removable", ""), (Status.INACTIVE, False): ("stays", "partial", ""),
+             (Status.ACTIVE, True): ("mergeable", "mergeable", ""), (Status.ACTIVE, False): ("stays", "part", ""),
+             (Status.UNSTABLE, False): ("stays", "switches", ""), (Status.UNKNOWN, False): ("stays", "unknown", "")}
+    return [words[Status(status), off[i] or on[i]] for i, status in enumerate(layer.status.tolist())]
 
 
 def _fates_after(layer: LayerVerdict, removed: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(fate, rule, level) of each neuron as compression.json tells it."""
     units, rules = unit_of(layer.shape, removed["axis"]), _unit_rules(removed)
-    whole = _whole(layer, Status.INACTIVE, removed["axis"])
+    off, on = (_whole(layer, status, removed["axis"]) for status in (Status.INACTIVE, Status.ACTIVE))
     dropped = removed["left"] == removed["new"]  # nothing original is left: the node itself went
-    return [_fate(Status(status), rules.get(unit), bool(whole[i]), dropped)
+    return [_fate(Status(status), rules.get(unit), off[i] or on[i], dropped)
             for i, (status, unit) in enumerate(zip(layer.status.tolist(), units.tolist(), strict=True))]
 
 
@@ -253,6 +252,8 @@ def _fate(status: Status, rule: tuple[str, str] | None, whole: bool, dropped: bo
         return "removed", "linear" if status is Status.ACTIVE else "unread", "exact"
     if status is Status.INACTIVE:
         return "kept", "coupled" if whole else "partial", ""
+    if status is Status.ACTIVE and not whole:
+        return "kept", "part", ""
     return "kept", status.word, ""
 
 

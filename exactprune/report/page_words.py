@@ -42,18 +42,17 @@ RULES = {
 
 KEPT = {
     "unknown": "nothing is proved about it, and nothing is ever removed on unknown",
-    "unstable": "it switches between on and off within the domain, so no rule can do without it",
+    "unstable": "it switches between on and off within the domain, and nothing smaller was found to stand for it",
     "partial": "it is off, but other positions of its channel are not, and a channel leaves as a whole",
     "coupled": "it is off, but it is tied to others that are not (a skip connection, a group, or the interface)",
+    "part": "it is on, but other positions of its channel are not, and a channel is rewritten as a whole",
     "active": "it is on for every input of the domain, but no smaller stand-in was found within the allowed deviation",
 }
 
 MAY = {
-    "removable": "it outputs 0 for every input of the domain: compress can drop it and change nothing",
-    "mergeable": "it is linear on the domain: compress can merge it with others like it where fewer units do",
-    "partial": KEPT["partial"],
-    "unstable": KEPT["unstable"],
-    "unknown": KEPT["unknown"],
+    "removable": "it outputs 0 for every input of the domain: compress drops it where nothing ties it to others that are not",
+    "mergeable": "it is linear on the domain: compress merges it with others like it, where fewer units do",
+    "switches": "it switches between on and off within the domain, so the network uses its ReLU there",
 }
 
 

@@ -67,8 +67,8 @@ def curve_plot(rows: Sequence[Mapping[str, Any]], label: str) -> Markup:
     """Neurons left at each allowed deviation, one bar a row, from 0 neurons at the bottom."""
     most = max((row["neurons"] for row in rows), default=1) or 1
     step = WIDTH / max(len(rows), 1)
-    points = [(step * (i + 0.5), HEIGHT * (1 - 0.92 * row["neurons"] / most)) for i, row in enumerate(rows)]
-    bars = "".join(f'<rect class="active" x="{_n(x - 0.35 * step)}" y="{_n(y)}" width="{_n(0.7 * step)}" '
+    points = [(step * (i + 0.5), HEIGHT * (1 - row["neurons"] / most)) for i, row in enumerate(rows)]
+    bars = "".join(f'<rect class="time" x="{_n(x - 0.35 * step)}" y="{_n(y)}" width="{_n(0.7 * step)}" '
                    f'height="{_n(HEIGHT - y)}"/>' for x, y in points)
     return _svg(bars + f'<path class="zero" d="M0 {_n(HEIGHT - 0.5)}H{_n(WIDTH)}"/>', label, HEIGHT)
 

@@ -158,9 +158,10 @@ def test_before_a_compression_whole_inactive_channels_are_removable(verification
     write_run(verification, tmp_path / "run")
     facts = write_report(tmp_path / "run")
     first = [facts["kinds"][k] for k in facts["layers"][0]["kind"]]
-    assert [k["fate"] for k in first] == ["stays", "stays", "mergeable", "mergeable", "stays", "stays", "stays", "stays"]
-    assert [k["rule"] for k in first[:2]] == ["partial", "partial"]  # other positions of that channel are active
-    assert facts["kinds"][facts["layers"][1]["kind"][0]]["fate"] == "removable"
+    assert [k["fate"] for k in first] == ["stays"] * 8
+    assert [k["rule"] for k in first[:5]] == ["partial", "partial", "part", "part", "switches"]  # no channel is of one kind
+    second = [facts["kinds"][k]["fate"] for k in facts["layers"][1]["kind"]]
+    assert second == ["removable", "mergeable", "stays"]
 
 
 @pytest.mark.parametrize(("level", "words"), [
@@ -274,7 +275,7 @@ def test_outward_rounding_is_outward_and_close(value):
     assert low <= Fraction(value) <= high
     assert high - low <= abs(Fraction(value)) / 10**4
     if abs(value) < 1e300:
-        assert json.loads(outward(value, True)) == pytest.approx(value, rel=1e-5)
+        assert json.loads(outward(value, True)) == pytest.approx(value, rel=2e-5)
 
 
 def test_bounds_that_are_not_finite_are_words():
