@@ -103,12 +103,21 @@ def verdicts(case: Case, network: Network, box: Box, limit: float) -> Verdicts:
     return found
 
 
-def samples(case: Case, network: Network) -> tuple[np.ndarray, np.ndarray] | None:
-    """Labelled test inputs that the network was made for, (samples, *input shape) in [0, 1], where there are any."""
+def samples(case: Case, network: Network, box: Box) -> tuple[np.ndarray, np.ndarray] | None:
+    """Labelled test inputs in the box, (samples, *input shape), that the network was made for, where there are any."""
+    found = _all_samples(case, network)
+    if found is None:
+        return None
+    inside = box.contains(found[0].astype(np.float64))
+    return (found[0][inside], found[1][inside]) if inside.any() else None
+
+
+def _all_samples(case: Case, network: Network) -> tuple[np.ndarray, np.ndarray] | None:
     if case.data in ("mnist", "cifar"):
         file = SHARED / "data" / ("mnist_test_100.csv" if case.data == "mnist" else "cifar10_test_100.csv")
         rows = np.loadtxt(file, delimiter=",")
-        return _pixels(rows[:, 1:], network), rows[:, 0].astype(int)
+        pixels = rows[:, 1:] if case.data == "mnist" else rows[:, 1:].reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2)
+        return _pixels(pixels, network), rows[:, 0].astype(int)
     if case.data == "fashion" and FASHION.exists():
         x, y = (_idx(FASHION / f"t10k-{name}-ubyte.gz") for name in ("images-idx3", "labels-idx1"))
         return _pixels(x.reshape(len(x), -1), network), y.astype(int)

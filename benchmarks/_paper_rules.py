@@ -57,13 +57,18 @@ def by_the_paper(network: Network, verdicts: Sequence[LayerVerdict], rank: type 
 
 def _chain(network: Network, verdicts: Sequence[LayerVerdict]) -> list[Layer] | None:
     """The layers of a chain; None for anything else."""
-    nodes = [n for n in network.nodes if n.op.kind != "reshape"]
+    nodes = network.nodes[_prefix(network):]
     kinds = [type(n.op) for n in nodes]
     if len(kinds) % 2 == 0 or any(k is not (Affine, ReLU)[i % 2] for i, k in enumerate(kinds)):
         return None
     status = [v.status for v in verdicts] + [None]
     return [Layer(n.op.weight.astype(float), n.op.bias.astype(float), s)
             for n, s in zip(nodes[::2], status, strict=True)]
+
+
+def _prefix(network: Network) -> int:
+    """Number of nodes before the first affine layer, none of which has neurons."""
+    return next((i for i, n in enumerate(network.nodes) if isinstance(n.op, Affine | Conv2d | ReLU)), 0)
 
 
 def _compressed(layers: list[Layer], rank: type) -> list[Layer]:
@@ -107,7 +112,7 @@ def _independent(weight: np.ndarray, rows: np.ndarray, dtype: type) -> tuple[np.
 
 
 def _built(network: Network, layers: Sequence[Layer]) -> Network:
-    nodes: list[Node] = [n for n in network.nodes[:1] if n.op.kind == "reshape"]
+    nodes: list[Node] = list(network.nodes[:_prefix(network)])
     for index, layer in enumerate(layers):
         nodes.append(Node(f"affine{index}", Affine(layer.weight, layer.bias), (len(nodes) - 1,)))
         if index < len(layers) - 1:

@@ -79,7 +79,7 @@ def paper(f: Network, box: Box, layers: Any, rank: type) -> Row:
 
 def one_network(case: Case, limit: float) -> Row:
     f, box = case.load()
-    known, data = inputs.verdicts(case, f, box, limit), inputs.samples(case, f)
+    known, data = inputs.verdicts(case, f, box, limit), inputs.samples(case, f, box)
     share, answers = inputs.accuracy(f, data) if data is not None else (None, None)
     return {"name": case.name, "domain": box.source if case.vnnlib is None else case.vnnlib.name, "l1": case.l1,
             "network_sha256": f.sha256, "verdicts": known.totals, "verify seconds": known.seconds, "verify cpu": known.cpu,
@@ -194,7 +194,7 @@ def speed(b: Row, batch: str) -> str:
 
 
 def accuracy_lines(table: list[Row]) -> list[str]:
-    head = ["## Accuracy", "", "On test inputs, before and after; in brackets how many answers differ.", "",
+    head = ["## Accuracy", "", "On test inputs that lie in the domain, before and after; in brackets how many answers differ.", "",
             "| network | inputs | before | exact | rounding | 1e-4 | 1e-2 |", "|---|---|---|---|---|---|---|"]
     return head + [f"| {r['name']} | {r['samples']:,} | {r['accuracy']:.2%} | "
                    + " | ".join(f"{b['accuracy']:.2%} ({b['other answers']})" for b in r["budgets"]) + " |"

@@ -22,34 +22,37 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from exactprune.checker import check_run as check
     from exactprune.claim import LayerVerdict, Method, Status
+    from exactprune.compress.slicing import load_split
     from exactprune.domain import Box, around, of_data, uniform
     from exactprune.equivalence import Equivalence, equiv
     from exactprune.errors import ExactPruneError
     from exactprune.io import load, load_vnnlib, save
     from exactprune.network import Network
     from exactprune.options import CompressOptions, VerifyOptions
-    from exactprune.pipeline import Compression, Verification, compress, verify
+    from exactprune.pipeline import Compression, Verification, compress, compress_split, verify
     from exactprune.pruning import PruneResult, prune
     from exactprune.report.record import read_run, write_run
 
 _HOME = {
     "check": "checker:check_run",
     "LayerVerdict": "claim", "Method": "claim", "Status": "claim",
+    "load_split": "compress.slicing",
     "Box": "domain", "around": "domain", "of_data": "domain", "uniform": "domain",
     "Equivalence": "equivalence", "equiv": "equivalence",
     "ExactPruneError": "errors",
     "load": "io", "load_vnnlib": "io", "save": "io",
     "Network": "network",
     "CompressOptions": "options", "VerifyOptions": "options",
-    "Compression": "pipeline", "Verification": "pipeline", "compress": "pipeline", "verify": "pipeline",
+    "Compression": "pipeline", "Verification": "pipeline", "compress": "pipeline",
+    "compress_split": "pipeline", "verify": "pipeline",
     "PruneResult": "pruning", "prune": "pruning",
     "read_run": "report.record", "write_run": "report.record",
 }
 
 __all__ = [
     "Box", "CompressOptions", "Compression", "Equivalence", "ExactPruneError", "LayerVerdict", "Method", "Network", "PruneResult",
-    "Status", "Verification", "VerifyOptions", "__version__", "around", "check", "compress", "equiv", "load", "load_vnnlib",
-    "of_data", "prune", "read_run", "save", "uniform", "verify", "write_run",
+    "Status", "Verification", "VerifyOptions", "__version__", "around", "check", "compress", "compress_split", "equiv",
+    "load", "load_split", "load_vnnlib", "of_data", "prune", "read_run", "save", "uniform", "verify", "write_run",
 ]
 
 

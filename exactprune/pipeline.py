@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +27,7 @@ from exactprune.compress.levels import Kind, Level
 from exactprune.compress.measure import Agreement, Latency, compare, latency
 from exactprune.compress.preserve import Margins, Preserved, margins_of, preserved
 from exactprune.compress.rewrite import Rewrite, compress_network
+from exactprune.compress.slicing import Dispatcher, Payoff, Piece, payoff, pieces_of
 from exactprune.deciders.cascade import Asked, Cascade, Effort, Progress, RunTasks, Suggest
 from exactprune.deciders.certify import certify
 from exactprune.deciders.checkpoint import Checkpoint
@@ -255,6 +256,68 @@ def compress(verification: Verification | Network, domain: Box | None = None, op
                         corners=options.samples, seed=options.seed)
     return Compression(network, rewrite.network, domain, rewrite.level, rewrite, agreement,
                        tuple(latency(network, rewrite.network, seed=options.seed)), verification, options, seconds, margins)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A network for every piece of the domain.
+
+    Attributes:
+        single: one smaller network for the whole domain, to compare with.
+        parts: one compression a piece.
+        dispatcher: picks the piece of an input and runs its network.
+        payoff: whether that costs less than ``single``.
+    """
+
+    single: Compression
+    parts: tuple[Compression, ...]
+    dispatcher: Dispatcher
+    payoff: Payoff
+
+    def save(self, folder: str | Path, *, suffix: str = ".onnx") -> Path:
+        """Write the networks and ``dispatch.json``; ``load_split(folder)`` reads them."""
+        from exactprune.compress.slicing import write_split
+
+        return write_split(folder, self.dispatcher.domain, self.dispatcher.pieces, suffix=suffix)
+
+    def __str__(self) -> str:
+        return f"{self.single.original.name} in {len(self.parts)} pieces. {self.payoff.words}"
+
+    __repr__ = __str__
+
+
+Judge = Callable[[Verification, np.ndarray | None], Compression]
+
+
+def compress_split(network: Network, domain: Box | None = None, pieces: int = 2, options: CompressOptions | None = None,
+                   verify_options: VerifyOptions | None = None, *, data: np.ndarray | None = None,
+                   progress: Progress | None = None, judge: Judge | None = None) -> Split:
+    """Cut the domain in pieces and make a smaller network for each.
+
+    Args:
+        network: from ``exactprune.load``.
+        domain: the box; the unit box by default.
+        pieces: how many; fewer where the box cannot be cut that often.
+        options: of every compression; verify_options: of every verification.
+        data: as in ``compress``; each piece is given those that lie in it.
+        progress: told what happens.
+        judge: compresses a verification with the data given; ``compress`` with ``options`` by default.
+
+    Returns:
+        the pieces' networks with a dispatcher, next to a single network for the whole domain.
+    """
+    options = options or CompressOptions()
+    domain = (domain or uniform(0.0, 1.0, network.input_shape)).reshaped(network.input_shape)
+    judge = judge or (lambda found, inside: compress(found, options=options, data=inside, progress=progress))
+    data = _checked_data(network, data)
+    single = compress(verify(network, domain, verify_options, data=data, progress=progress), options=options, data=data,
+                      progress=progress)
+    parts = []
+    for box in pieces_of(network, domain, pieces, seed=options.seed):
+        inside = None if data is None or not box.contains(data).any() else data[box.contains(data)]
+        parts.append(judge(verify(network, box, verify_options, data=inside, progress=progress), inside))
+    cut = tuple(Piece(part.domain, part.network, part.level) for part in parts)
+    return Split(single, tuple(parts), Dispatcher(domain, cut), payoff(single.network, cut, domain))
 
 
 def _wanted_margins(network: Network, domain: Box, data: np.ndarray | None, options: CompressOptions) -> Margins | None:

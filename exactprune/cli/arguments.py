@@ -118,12 +118,14 @@ class CompressFlags:
         certificate: Where the certificate bundle goes; OUT.certificate by default.
         preserve: argmax: certify which inputs of --data keep their class; where --max-deviation is rounding, the budget is
             then the largest one with which all of them do, otherwise at most that.
+        split: Cut the domain in this many pieces with a smaller network each; OUT is then a folder.
     """
 
     max_deviation: str = "rounding"
     samples: int = 1000
     certificate: Path | None = None
     preserve: Literal["none", "argmax"] = "none"
+    split: int = 1
 
     def options(self, seed: int) -> CompressOptions:
         """As the Python API's own type."""

@@ -39,6 +39,10 @@ def run_compress(model: Path, out: Path, change: CompressFlags, flags: DomainFla
                  source: ModelFlags, output: OutputFlags) -> int:
     """``exactprune compress``."""
     wanted = change.options(options.seed)
+    if change.split != 1:
+        from exactprune.cli.split import run_split
+
+        return run_split(model, out, change, flags, options, source, output)
     _check_out(out, model)
     _check_certificate(change.certificate, model, out)
     network, domain, data, folder = _prepare(model, flags, source, output)
