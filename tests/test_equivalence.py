@@ -14,6 +14,7 @@ from torch import nn
 import exactprune
 from exactprune.bounds.forward import exact_preactivations
 from exactprune.cli.app import run
+from exactprune.deciders.difference_search import rounded_down
 from exactprune.domain import Box, uniform
 from exactprune.errors import DomainError, OptionError, ShapeError
 from exactprune.network import Network
@@ -144,7 +145,9 @@ def test_a_tolerance_ends_the_exact_stage_early():
 def test_values_beyond_float64_claim_nothing():
     a = mlp([(np.full((2, 2), 1e300), np.zeros(2)), (np.full((1, 2), 1e300), np.zeros(1))])
     b = random_mlp(np.random.default_rng(0), [2, 2, 1])
-    assert exactprune.equiv(a, b).upper == np.inf
+    result = exactprune.equiv(a, b)
+    assert result.upper == np.inf and 0 <= result.lower <= result.value
+    assert rounded_down(Fraction(10) ** 400) == np.finfo(float).max and rounded_down(Fraction(1, 3)) <= Fraction(1, 3)
 
 
 @pytest.mark.parametrize(("options", "error", "words"), [

@@ -350,6 +350,8 @@ def _window_sources(op: Conv2d | MaxPool2d | AvgPool2d, shape: tuple[int, ...]) 
 
 def _sources(op: Op, shape: tuple[int, ...], out: np.ndarray) -> np.ndarray:
     """Flat input indices that the flat outputs ``out`` read: (outputs, entries), -1 for padding."""
+    if not len(out):  # nothing is asked of a node that is read in its padding only
+        return np.empty((0, 1), np.int64)
     match op:
         case Affine():
             return np.broadcast_to(np.arange(prod(shape)), (len(out), prod(shape)))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import inf, nextafter
+from sys import float_info
 from time import monotonic
 
 import numpy as np
@@ -143,5 +144,7 @@ def bound_corners(state: Layerwise, joint: Joint) -> Tensor:
 
 def rounded_down(value: Fraction) -> float:
     """The largest float64 that is at most ``value``."""
+    if value >= Fraction(float_info.max):
+        return float_info.max
     near = float(value)
     return near if Fraction(near) <= value else nextafter(near, -inf)
