@@ -348,7 +348,7 @@ class Cascade:
         if few:
             self._ascend_harder(5.0)
         if self._open_count() and (decider == "input-split" or (decider == "auto" and few)):
-            share = 1.0 if decider == "input-split" else 0.6
+            share = 1.0 if decider == "input-split" else 0.85
             self._input_split(monotonic() + share * self.effort.time_limit)
         if decider == "input-split":
             return
