@@ -380,9 +380,9 @@ def main() -> None:
     rows: list[dict] = []
     for case in wanted:
         rows.append(run(case, rival, given.repeats, given.limit))
+        settings["load average at the end"] = os.getloadavg()
+        write(rows, given.output, settings)
         print(table(rows[-1:], {}).splitlines()[-1], file=sys.stderr, flush=True)
-    settings["load average at the end"] = os.getloadavg()
-    write(rows, given.output, settings)
     print(table(rows, settings))
 
 
