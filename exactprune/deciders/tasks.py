@@ -26,7 +26,7 @@ from exactprune.deciders.proofs import Multipliers
 from exactprune.domain import Box
 from exactprune.network import INPUT, Network
 
-QUESTIONS_A_TASK = 16
+QUESTIONS_A_TASK = 8  # 4, 8, 16 measured: docs/performance.md, "Deciding"
 LP_AFTER = 32
 
 
