@@ -1,7 +1,8 @@
 """What dynamic sparse training methods share: train sparse from the start, rewire now and then.
 
 The number of weights that are there never changes: what a rewiring drops, it grows elsewhere, and the first masks hold
-exactly the number asked for. Random choices come from a CPU generator, so every device rewires alike.
+exactly the number asked for. No rewiring follows the last step: what grew there would never be trained. Random choices
+come from a CPU generator, so every device rewires alike.
 """
 
 from __future__ import annotations
@@ -67,11 +68,12 @@ class DynamicPruner(Pruner[Options], Generic[Options]):
         options, (x, y) = self.options, training_data(problem)
         generator = torch.Generator().manual_seed(options.seed)
         masks = first_masks(problem, sparsity, options.start, generator)
-        interval = options.interval or -(-len(x) // options.batch)
+        epoch = -(-len(x) // options.batch)
+        interval, last = options.interval or epoch, options.epochs * epoch
         run = copy.deepcopy(self)  # a method may keep state (signs, a threshold) for one run
 
         def after_step(step: int, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-            if step % interval == 0:
+            if step % interval == 0 and step < last:
                 weights = {name: layer.weight for name, layer in layers_of(module).items()}
                 with torch.no_grad():
                     run.rewire(weights, masks, optimizer.param_groups[0]["lr"], generator)

@@ -2,7 +2,7 @@
 
 For a layer with inputs a_n (all positions), the error of changed weights w' in one row is
 (1/N) sum_n ((w - w')^T a_n)^2, whose Hessian is H = 2/N sum_n a_n a_n^T for every row; with groups, one H per group. Inputs
-that are always zero ("dead") take no part: their weights cost nothing and go first, and H gets a one on the diagonal there.
+that are always zero ("dead") have no curvature: H gets a one on the diagonal there, and their weights are zero and go first.
 Inputs come from the module as given; layers are pruned independently, so the result does not depend on their order.
 """
 
@@ -66,8 +66,8 @@ class LayerPruner(Pruner[Options], Generic[Options]):
         """Prune a matrix.
 
         Args:
-            weight: (rows, K); entries of dead inputs are zero.
-            hessian: (K, K), positive semidefinite, ones on the diagonal of dead inputs.
+            weight: (rows, K).
+            hessian: (K, K), positive semidefinite.
             number: how many entries go.
 
         Returns:
@@ -86,12 +86,13 @@ class LayerPruner(Pruner[Options], Generic[Options]):
     def _layer(self, weight: Tensor, hessian: Tensor, number: int) -> tuple[Tensor, Tensor]:
         groups = weight.flatten(1).chunk(len(hessian))
         shares = _shares(number, [g.numel() for g in groups])
-        done = [self.prune_rows(*_without_dead(g, h), k) for g, h, k in zip(groups, hessian, shares)]
+        done = [self.prune_rows(g, h, k) for g, h, k in zip(groups, hessian, shares)]
         mask, value = (torch.cat(parts).view_as(weight) for parts in zip(*done))
         return mask, value * mask
 
 
-def _without_dead(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+def without_dead(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and H with dead inputs made harmless."""
     dead = hessian.diagonal() == 0
     return weight.masked_fill(dead, 0), hessian + torch.diag(dead.to(hessian.dtype))
 

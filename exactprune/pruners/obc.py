@@ -10,7 +10,8 @@ over rows that share H, so each row is pruned greedily by exact OBS to the end,
 recording the error of every step; then the cheapest steps of all rows together say how many weights each row loses, and
 the row is taken from its own trace at that length (Algorithm 2).
 
-Choices left open: ``damping`` times the mean of diag(H) is added (0 as in the authors' default); steps of equal error go in
+Choices left open: ``damping`` times the mean of diag(H) is added (0 as in the authors' default), before
+dead inputs are looked for, so that with damping their weights cost something; steps of equal error go in
 the order of rows. Traces are not stored: a second sweep stops each row at its length.
 """
 
@@ -22,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from exactprune.pruners.layerwise import LayerPruner, damped, input_moments, inverse
+from exactprune.pruners.layerwise import LayerPruner, damped, input_moments, inverse, without_dead
 from exactprune.pruners.problem import Problem
 from exactprune.pruners.protocol import require
 from exactprune.pruners.selection import smallest
@@ -55,17 +56,17 @@ class Obc(LayerPruner[ObcOptions]):
         """Error of every single deletion, w_q^2 / (2 [H^-1]_qq)."""
         scores = {}
         for name, moment in input_moments(problem).items():
-            hessian = 2 / len(problem.inputs) * moment
-            hessian = hessian + torch.diag_embed((hessian.diagonal(dim1=1, dim2=2) == 0).to(hessian.dtype))
-            diagonals = torch.stack([inverse(damped(h, self.options.damping)).diagonal() for h in hessian])
             weight = problem.weights[name]
+            hessians = [damped(h, self.options.damping) for h in 2 / len(problem.inputs) * moment]
+            diagonals = torch.stack([inverse(without_dead(weight.flatten(1), h)[1]).diagonal() for h in hessians])
             rows = diagonals.repeat_interleave(len(weight) // len(diagonals), 0)
             scores[name] = weight.square() / (2 * rows.view_as(weight))
         return scores
 
     def prune_rows(self, weight: Tensor, hessian: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """Sweep all rows to the end for the errors, then to each row's length for the weights."""
-        h_inv = inverse(damped(hessian, self.options.damping))
+        weight, hessian = without_dead(weight, damped(hessian, self.options.damping))
+        h_inv = inverse(hessian)
         rows, columns = weight.shape
         most = max(1, WORKSPACE // (8 * columns * columns))
         whole = torch.full((rows,), columns, device=weight.device)

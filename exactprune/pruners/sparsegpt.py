@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from exactprune.pruners.layerwise import LayerPruner, damped, inverse
+from exactprune.pruners.layerwise import LayerPruner, damped, inverse, without_dead
 from exactprune.pruners.problem import Problem
 from exactprune.pruners.protocol import no_score, require
 from exactprune.pruners.selection import smallest
@@ -53,7 +53,9 @@ class SparseGpt(LayerPruner[SparseGptOptions]):
 
     def prune_rows(self, weight: Tensor, hessian: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """Choose the mask run by run, carry every column's error to the right."""
-        root = torch.linalg.cholesky(inverse(damped(hessian, self.options.damping)), upper=True)
+        weight, full = without_dead(weight, hessian)
+        full = full + damped(hessian, self.options.damping) - hessian
+        root = torch.linalg.cholesky(inverse(full), upper=True)
         w, keep, columns = weight.clone(), torch.ones_like(weight, dtype=torch.bool), weight.shape[1]
         for start in range(0, columns, self.options.block):
             stop = min(start + self.options.block, columns)

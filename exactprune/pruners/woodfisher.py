@@ -164,8 +164,7 @@ class Blocks:
         g = self.gradients()
         if update == "joint":
             return torch.cat([w_ + _joint(w_, going_, g_, self.damping) for w_, going_, g_ in zip(w, going, g)])
-        basis = torch.where(going, w / _diagonal(g, self.damping), 0)
-        return (w - _inverse_times(g, basis, self.damping)).flatten()
+        return (w - _single(w, going, g, self.damping)).flatten()
 
 
 def _diagonal(g: Tensor, damping: float) -> Tensor:
@@ -176,12 +175,15 @@ def _diagonal(g: Tensor, damping: float) -> Tensor:
     return (1 - half.square().sum(1)) / damping
 
 
-def _inverse_times(g: Tensor, v: Tensor, damping: float) -> Tensor:
-    """F^-1 v for gradients (blocks, N, B) and v (blocks, B)."""
+def _single(w: Tensor, going: Tensor, g: Tensor, damping: float) -> Tensor:
+    """F^-1 v with v_q = w_q / [F^-1]_qq where ``going``, for weights (blocks, B) and gradients (blocks, N, B)."""
     if g.shape[1] >= g.shape[2]:
-        return torch.matmul(block_inverse(g, damping), v.unsqueeze(2)).squeeze(2)
-    inner = torch.cholesky_solve(torch.matmul(g, v.unsqueeze(2)), _woodbury_factor(g, damping))
-    return (v - torch.matmul(g.mT, inner).squeeze(2)) / damping
+        inverse = block_inverse(g, damping)
+        basis = torch.where(going, w / inverse.diagonal(dim1=1, dim2=2), 0)
+        return torch.matmul(inverse, basis.unsqueeze(2)).squeeze(2)
+    basis = torch.where(going, w / _diagonal(g, damping), 0)
+    inner = torch.cholesky_solve(torch.matmul(g, basis.unsqueeze(2)), _woodbury_factor(g, damping))
+    return (basis - torch.matmul(g.mT, inner).squeeze(2)) / damping
 
 
 def _joint(weights: Tensor, going: Tensor, g: Tensor, damping: float) -> Tensor:

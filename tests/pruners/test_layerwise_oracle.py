@@ -47,8 +47,8 @@ def test_obc(oracle, sparsity, damping):
     for name, theirs in truth.by_layer(f"obc.rd{damping}.{sparsity}." + "{}.W").items():
         mine = plan.values[name]
         same = ((mine != 0) == (theirs != 0)).all(1)
-        assert int((~same).sum()) <= 4  # rows; the greedy order flips where two costs agree to float32
-        torch.testing.assert_close(mine[same].float(), theirs[same], rtol=1e-2, atol=5e-3)
+        assert int((~same).sum()) <= 2  # rows; the greedy order flips where two costs agree to float32
+        torch.testing.assert_close(mine[same].float(), theirs[same], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
@@ -62,7 +62,7 @@ def test_sparsegpt_and_wanda(oracle, sparsity):
         mine = plan.values[name]
         assert int(((mine != 0) != (theirs != 0)).sum()) <= 1  # the reference removes one more
         same = ((mine != 0) == (theirs != 0)).all(1)
-        torch.testing.assert_close(mine[same].float(), theirs[same], rtol=1e-2, atol=5e-3)  # theirs is float32
+        torch.testing.assert_close(mine[same].float(), theirs[same], rtol=1e-3, atol=2e-4)  # theirs is float32
         scores = truth.by_layer("wanda.score.{}")[name]
         torch.testing.assert_close(wanda.scores[name].float(), scores, rtol=1e-5, atol=0)
         wrong = wanda.masks[name] != truth.by_layer(f"wanda.mask.{sparsity}." + "{}")[name].bool()
