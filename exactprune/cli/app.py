@@ -116,6 +116,23 @@ def report(run: Path, /, *, output: Annotated[Path | None, Parameter(group=OUTPU
 
 
 @app.command
+def compare(study: Path, /, *, output: Annotated[Path, Parameter(name=["--output", "-o"], group=OUTPUT)],
+            json: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False,
+            quiet: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False) -> int:
+    """Compare lossless compression with pruning methods: accuracy, certified deviation, classes that can change.
+
+    Args:
+        study: TOML file with a table [compare], see docs/report.md.
+        output: Folder for comparison.html, .md, .json and .csv.
+        json: Print what comparison.json holds as one JSON object on stdout, and nothing else there.
+        quiet: Print nothing but errors.
+    """
+    from exactprune.cli.compare import run_compare
+
+    return run_compare(study, output, json, quiet)
+
+
+@app.command
 def equiv(a: Path, b: Path, /, *, domain: DomainFlags = DomainFlags(), change: EquivFlags = EquivFlags()) -> int:
     """Bound the largest difference of any two networks over a domain, with the input where it is reached.
 

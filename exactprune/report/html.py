@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from exactprune.compress.levels import upward
 from exactprune.io.atomic import write_bytes
 from exactprune.report import plots
 from exactprune.report.page import facts_of
@@ -67,6 +68,27 @@ def render_html(facts: Mapping[str, Any]) -> str:
         statuses=_STATUSES, layers=[_drawn(layer, facts["kinds"]) for layer in facts["layers"]],
         curve=plots.curve_plot(facts["curve"], "Neurons left at each allowed deviation"),
         longest=max((float(s["seconds"]) for s in facts["stages"]), default=0.0) or 1.0)
+
+
+def render_comparison(facts: Mapping[str, Any]) -> str:
+    """The page of a comparison's facts (``comparison.run_study``); equal facts give equal bytes."""
+    style, rows = _asset("report.css"), facts["summary"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    pictures = {"accuracy": plots.line_plot(_series(rows, methods, lambda r: r["accuracy"]["mean"]), facts["dense"]["accuracy"],
+                                            "Accuracy of each method over the ratio", floor=0.0),
+                "deviation": plots.line_plot(_series(rows, methods, lambda r: _log(r["deviation_upper"])), None,
+                                             "Certified deviation of each method over the ratio, logarithmic")}
+    return _environment().get_template("comparison.html").render(f=facts, policy=_policy(style, ""), style=Markup(style),
+                                                                 methods=methods, pictures=pictures)
+
+
+def _series(rows: Sequence[Mapping[str, Any]], methods: Sequence[str],
+            value: Callable[[Mapping[str, Any]], float]) -> list[list[float]]:
+    return [[value(row) for row in rows if row["method"] == method] for method in methods]
+
+
+def _log(value: float | str) -> float:
+    return math.log10(max(float(value), 1e-12))
 
 
 def island(facts: Mapping[str, Any]) -> str:
@@ -121,7 +143,8 @@ def _environment() -> Environment:
     env = Environment(loader=PackageLoader("exactprune.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
                       lstrip_blocks=True)
     env.filters |= {"count": lambda n: f"{n:,}", "size": size_words, "seconds": _seconds, "change": _change, "whole": _whole,
-                    "value": lambda v: v if isinstance(v, str) else json.dumps(v),
+                    "percent": lambda v: f"{100 * v:.2f} %", "up": lambda v: upward(float(v)) if float(v) else "0",
+                    "digits": lambda v: f"{float(v):.3g}", "value": lambda v: v if isinstance(v, str) else json.dumps(v),
                     "share": lambda s, most: plots.share_bar({"time": s, "rest": max(most - s, 0)}, ("time", "rest"), "")}
     return env
 

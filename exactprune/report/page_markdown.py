@@ -43,14 +43,14 @@ def _sizes(facts: Mapping[str, Any]) -> str:
     rows += [[f"latency, batch {t['batch']} (measured)", f"{1e6 * t['before']:,.0f} us", f"{1e6 * t['after']:,.0f} us"]
              for t in c["latency"]]
     steps = "\n".join(f"{i}. {plain(s['text'])} ({plain(s['level'])})" for i, s in enumerate(c["rewrites"], 1))
-    text = f"## Before and after\n\n{_table(['quantity', 'before', 'after'], rows)}"
+    text = f"## Before and after\n\n{markdown_table(['quantity', 'before', 'after'], rows)}"
     return f"{text}\n\nRewrites:\n\n{steps}" if steps else text
 
 
 def _overview(facts: Mapping[str, Any]) -> str:
     removed = [] if facts["compression"] is None else ["removed", "new", "left"]
     rows = [[str(la["layer"]), la["node"], *(la[c] for c in ("neurons", *_STATUSES, *removed))] for la in facts["layers"]]
-    return "## Layers\n\n" + _table(["layer", "node", "neurons", *_STATUSES, *removed], rows, 2)
+    return "## Layers\n\n" + markdown_table(["layer", "node", "neurons", *_STATUSES, *removed], rows, 2)
 
 
 def _layers(facts: Mapping[str, Any]) -> str:
@@ -63,7 +63,7 @@ def _layer(layer: Mapping[str, Any], kinds: Any) -> str:
         kind = kinds[group["kind"]]
         rows.append([kind["status"], kind["fate"], group["neurons"], group["where"], kind["proof"], kind["why"]])
     text = f"### Layer {layer['layer']}: {plain(layer['node'])}\n\n"
-    text += _table(["status", "fate", "neurons", "which", "how it is proved", "why"], rows, 6)
+    text += markdown_table(["status", "fate", "neurons", "which", "how it is proved", "why"], rows, 6)
     if layer["reasons"]:
         text += "\n\nWhy unknown:\n\n" + "\n".join(f"- neuron {i}: {plain(r)}" for i, r in layer["reasons"].items())
     return text
@@ -74,7 +74,7 @@ def _curve(facts: Mapping[str, Any]) -> str:
         return ""
     rows = [[r["allowed"], r["certified"], r["neurons"], r["parameters"]] for r in facts["curve"]]
     columns = ["allowed", "certified deviation", "neurons left", "parameters left"]
-    return "## What could go at which deviation\n\n" + _table(columns, rows)
+    return "## What could go at which deviation\n\n" + markdown_table(columns, rows)
 
 
 def _effort(facts: Mapping[str, Any]) -> str:
@@ -85,7 +85,7 @@ def _effort(facts: Mapping[str, Any]) -> str:
     if c["checked"]:
         text += (f" The independent checker accepted {c['checked']['accepted']:,} verdicts and rejected "
                  f"{c['checked']['rejected']:,} in {float(c['checked']['seconds']):.2f} s.")
-    return "## Effort\n\n" + _table(["stage", "detail", "seconds", "settled"], rows, 2) + "\n\n" + text
+    return "## Effort\n\n" + markdown_table(["stage", "detail", "seconds", "settled"], rows, 2) + "\n\n" + text
 
 
 def _commands(facts: Mapping[str, Any]) -> str:
@@ -98,10 +98,10 @@ def _setting(facts: Mapping[str, Any]) -> str:
     rows = [["network sha256", facts["model"]["network_sha256"]], ["domain sha256", facts["domain"]["sha256"]]]
     for part, word in (("options", "option"), ("versions", "version"), ("hardware", "hardware")):
         rows += [[f"{word} {name}", str(value)] for name, value in facts[part].items()]
-    return "## Setting\n\n" + _table(["what", "value"], rows, 2)
+    return "## Setting\n\n" + markdown_table(["what", "value"], rows, 2)
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
     """The first ``left`` columns are aligned left, the others right."""
     rule = ["---" if i < left else "---:" for i in range(len(columns))]
     lines = [columns, rule, *([f"{v:,}" if isinstance(v, int) else plain(v) for v in row] for row in rows)]

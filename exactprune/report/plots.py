@@ -73,6 +73,26 @@ def curve_plot(rows: Sequence[Mapping[str, Any]], label: str) -> Markup:
     return _svg(bars + f'<path class="zero" d="M0 {_n(HEIGHT - 0.5)}H{_n(WIDTH)}"/>', label, HEIGHT)
 
 
+def line_plot(series: Sequence[Sequence[float]], control: float | None, label: str, floor: float | None = None) -> dict[str, Any]:
+    """One line a series, over equally spaced places; the control is a dashed line. Values that are not finite are left out.
+
+    Returns:
+        ``svg`` and ``axis`` (labels of its ends).
+    """
+    values = [v for line in series for v in line if np.isfinite(v)] + ([] if control is None else [control])
+    low, high = min(values, default=0.0) if floor is None else floor, max(values, default=1.0)
+    span = (high - low) or 1.0
+    step = WIDTH / max(max(map(len, series), default=1), 1)
+    parts = []
+    for k, line in enumerate(series):
+        points = [f"{_n(step * (i + 0.5))} {_n(6 + (HEIGHT - 12) * (high - v) / span)}" for i, v in enumerate(line)
+                  if np.isfinite(v)]
+        parts.append(f'<path class="line c{k % 8}{" last" if k == len(series) - 1 else ""}" d="M{"L".join(points)}"/>' if points else "")
+    if control is not None:
+        parts.append(f'<path class="zero" d="M0 {_n(6 + (HEIGHT - 12) * (high - control) / span)}H{_n(WIDTH)}"/>')
+    return {"svg": _svg("".join(parts), label, HEIGHT), "axis": _axis(high, low, -1.0), "low": low, "high": high}
+
+
 def _axis(high: float, low: float, zero: float) -> Markup:
     """Labels of the axis' ends and of zero, at their heights."""
     ends = [(12.0, short(high)), (HEIGHT - 3, short(low))]

@@ -22,7 +22,7 @@ def text(name):
     return (ROOT / name).read_text()
 
 
-@pytest.mark.parametrize("command", ["verify", "compress", "check", "report"])
+@pytest.mark.parametrize("command", ["verify", "compress", "check", "report", "compare"])
 def test_every_option_is_documented_and_has_help(command, cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     code, shown, _ = cli(command, "--help")
