@@ -87,7 +87,8 @@ def line_plot(series: Sequence[Sequence[float]], control: float | None, label: s
     for k, line in enumerate(series):
         points = [f"{_n(step * (i + 0.5))} {_n(6 + (HEIGHT - 12) * (high - v) / span)}" for i, v in enumerate(line)
                   if np.isfinite(v)]
-        parts.append(f'<path class="line c{k % 8}{" last" if k == len(series) - 1 else ""}" d="M{"L".join(points)}"/>' if points else "")
+        last = " last" if k == len(series) - 1 else ""
+        parts.append(f'<path class="line c{k % 8}{last}" d="M{"L".join(points)}"/>' if points else "")
     if control is not None:
         parts.append(f'<path class="zero" d="M0 {_n(6 + (HEIGHT - 12) * (high - control) / span)}H{_n(WIDTH)}"/>')
     return {"svg": _svg("".join(parts), label, HEIGHT), "axis": _axis(high, low, -1.0), "low": low, "high": high}
