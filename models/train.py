@@ -420,7 +420,7 @@ def record_stability(name: str, run: Path) -> None:
         ValueError: The run belongs to another version of the model file.
     """
     report, entry = json.loads(run.read_text()), read_results()[name]
-    if report["model"]["sha256"] != entry["sha256"]:
+    if report["model"]["file_sha256"] != entry["sha256"]:
         raise ValueError(f"{run}: made for another version of {entry['file']}")
     keys = ("neurons", "inactive", "active", "unstable", "unknown")
     layers = [{key: layer[key] for key in keys} for layer in report["layers"]]
@@ -448,8 +448,8 @@ STABILITY_NOTE = """
 ## Stable neurons on the unit box
 
 Per ReLU layer: stably inactive + stably active / neurons. "Unstable" means that inputs with both signs were
-found; "open" means neither proved nor refuted by the method named, so it is left to an exact decision. The
-counts are estimates of that method, not certified results.
+found; "open" means neither proved nor refuted by the method named. Counts by `exactprune verify` are certified;
+those of other methods are estimates.
 """
 
 
