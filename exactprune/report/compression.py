@@ -71,7 +71,8 @@ def summarise_compression(compression: Compression, model: Path, out: Path) -> d
         "model": {"path": str(model), "network_sha256": c.original.sha256},
         "out": {"path": str(out), "file_sha256": file_sha256(out), "network_sha256": c.network.sha256},
         "options": c.options,
-        "level": {"kind": c.level.kind.name.lower(), "eps": c.level.eps, "words": c.level.words},
+        "level": {"kind": c.level.kind.name.lower(), "eps": c.level.eps, "words": c.level.words,
+                  "budget": c.rewrite.budget, "reach": c.rewrite.reach},
         "float": None if c.floating is None else {"eps": c.floating.eps, "words": c.floating.words,
                                                   "dtype": c.original.dtype.name},
         "preserved": None if c.preserved is None else {**vars(c.preserved), "words": c.preserved.words},
@@ -96,6 +97,9 @@ def compress_words(summary: Mapping[str, Any], folder: str) -> list[str]:
     """The claim, what was measured, and where things are."""
     level, measured = summary["level"], summary["measured"]
     lines = [f"Claim ({level['kind']}): {_without_kind(level['words'])}; f: model, g: smaller model, D: domain."]
+    if level["budget"]:
+        reached = f"R = {level['reach']:.6g}, the largest abs output attained at a point found in D" if level["reach"] else "given"
+        lines.append(f"  eps {level['eps']:.3g} of a budget of {level['budget']:.3g} ({reached})")
     if not any(layer["removed"] for layer in summary["removed"]):
         lines.append("  Nothing is proved removable: every neuron is still there.")
     lines += [f"  {step['text']} [{step['level']}]" for step in summary["rewrites"]]
