@@ -47,8 +47,8 @@ WHY_SLOW = (
     "Where the gain stays behind the multiply-accumulates: a call of a small network is its fixed cost, 5 to 10 "
     "microseconds an operator at any size, which removing neurons does not change; what can be saved is the part above "
     "that. A 3x3 convolution with 1 to 8 channels was measured to take time in proportion to the channels, not to their "
-    "square, so convolutional networks gain less than their multiply-accumulates say. Where a dense network gains more, "
-    "its smaller weights fit the cache.")
+    "square, so convolutional networks gain less than their multiply-accumulates say. Made "
+    "on a shared, busy machine: calls of milliseconds vary severalfold between runs, either way.")
 
 
 def sizes(network: Network) -> Row:
