@@ -98,7 +98,8 @@ def compress_words(summary: Mapping[str, Any], folder: str) -> list[str]:
     level, measured = summary["level"], summary["measured"]
     lines = [f"Claim ({level['kind']}): {_without_kind(level['words'])}; f: model, g: smaller model, D: domain."]
     if level["budget"]:
-        reached = f"R = {level['reach']:.6g}, the largest abs output attained at a point found in D" if level["reach"] else "given"
+        found = f"R = {level['reach']:.6g}, the largest abs output attained at a point found in D"
+        reached = found if level["reach"] else "as given"
         lines.append(f"  eps {level['eps']:.3g} of a budget of {level['budget']:.3g} ({reached})")
     if not any(layer["removed"] for layer in summary["removed"]):
         lines.append("  Nothing is proved removable: every neuron is still there.")
