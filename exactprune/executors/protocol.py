@@ -57,8 +57,8 @@ class Executor(ABC):
             cancel: threading.Event | None = None) -> Iterator[TaskResult]:
         """Results in order of completion, exactly one for each item.
 
-        Setting ``cancel`` (anything whose ``is_set`` turns true) ends tasks that have not started with the error ``cancelled``; running ones come back when
-        they end. Closing the iterator early cancels likewise.
+        Setting ``cancel`` (anything whose ``is_set`` turns true) ends tasks that have not started with the error
+        ``cancelled``; running ones come back when they end. Closing the iterator early cancels likewise.
         """
 
     @abstractmethod
