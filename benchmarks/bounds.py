@@ -371,7 +371,8 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_NUM_THREADS": str(given.threads)})
     torch.set_num_threads(given.threads)
     rival = _auto_lirpa.version()
-    settings = {"command": "python benchmarks/bounds.py", "machine": machine(), "threads": given.threads,
+    settings = {"command": " ".join(["python benchmarks/bounds.py", *sys.argv[1:]]),
+                "machine": machine(), "threads": given.threads,
                 "load average at the start": os.getloadavg(), "dtype": "float64", "seed": SEED, "torch": torch.__version__,
                 "numpy": np.__version__, "python": platform.python_version(), "exactprune": exactprune.__version__,
                 "auto_LiRPA": rival or "absent: set AUTO_LIRPA to a checkout for its columns",

@@ -266,6 +266,8 @@ class ConvMap(LinearMap):
         """(rows, height out, width out, channels out) -> (rows, height in, width in, channels in)."""
         (y0, y1, cut_y), (x0, x1, cut_x) = self._blocks(0), self._blocks(1)
         taps_y, taps_x = self._taps
+        if min(y1, rows.shape[1]) < max(y0 - taps_y + 2, 1) or min(x1, rows.shape[2]) < max(x0 - taps_x + 2, 1):
+            return rows.new_zeros(len(rows), *self.shape_in[1:], self.shape_in[0])  # these outputs see padding only
         halo = (0, 0, taps_x - 1 - x0, x1 - rows.shape[2], taps_y - 1 - y0, y1 - rows.shape[1])
         padded = F.pad(rows, halo) if any(halo) else rows
         windows = padded.unfold(1, taps_y, 1).unfold(2, taps_x, 1).permute(0, 1, 2, 4, 5, 3)
