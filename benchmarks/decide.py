@@ -238,7 +238,7 @@ def main() -> None:
         for row in run(case, stored(given.output).get(case.name, {}), given.methods.split(";"), given):
             rows = stored(given.output) | {case.name: row}  # another process may have added rows meanwhile
             write([rows[name] for name in known if name in rows], given.output, settings)
-        print(table([row]).splitlines()[2], file=sys.stderr, flush=True)
+        print(table([stored(given.output)[case.name]]).splitlines()[2], file=sys.stderr, flush=True)
     print(table(list(stored(given.output).values())))
 
 

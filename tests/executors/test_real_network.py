@@ -44,8 +44,9 @@ class Killer:
     def _kill(self) -> None:
         from distributed import Client
 
-        with Client(self.address, set_as_default=False) as client:
-            pids = client.run(os.getpid)
+        with Client(self.address, set_as_default=False) as found:
+            client: Any = found
+            pids: Any = client.run(os.getpid)
             deadline = time.monotonic() + 60
             while not self.killed and time.monotonic() < deadline:
                 busy = [worker for worker, tasks in client.processing().items() if tasks]
