@@ -19,6 +19,7 @@ from exactprune.checker.dyadic import Array
 from exactprune.checker.layers import MaxPool, ReLU
 from exactprune.checker.network import INPUT, CheckError
 
+AGAIN = 32  # so many sub-boxes are computed again exactly
 BATCH = 100e6  # bytes of bounds that a batch of sub-boxes may take, roughly
 
 
@@ -116,6 +117,7 @@ def prove(bounds: Bounds, tree: Splits) -> dict[Key, str]:
         for start in range(0, len(nodes), step):
             part = nodes[start : start + step]
             _check_part(bounds, tree, layer, part, [by_node[node] for node in part], held, failed)
+    _check_again(bounds, tree, by_node, held, failed)
     why = {}
     for key in sorted(held.keys() | failed.keys()):
         if _covered(tree.children, held.get(key, set())):
@@ -128,9 +130,9 @@ def prove(bounds: Bounds, tree: Splits) -> dict[Key, str]:
 
 
 def _check_part(bounds: Bounds, tree: Splits, last: int, nodes: list[int], claims: list[list[Claim]],
-                held: dict[Key, set[int]], failed: Counter[Key]) -> None:
+                held: dict[Key, set[int]], failed: Counter[Key], exact: bool = False) -> None:
     """The claims of some tree nodes, none of them beyond ReLU layer ``last``."""
-    region = local_bounds(bounds, last, tree.lower[nodes], tree.upper[nodes])
+    region = local_bounds(bounds, last, tree.lower[nodes], tree.upper[nodes], exact)
     flat = [(row, claim) for row, mine in enumerate(claims) for claim in mine]
     for layer in sorted({claim.layer for _, claim in flat}):
         mine = [(row, claim) for row, claim in flat if claim.layer == layer and len(claim.neurons)]
@@ -153,7 +155,23 @@ def _check_part(bounds: Bounds, tree: Splits, last: int, nodes: list[int], claim
                 failed[layer, neuron, sign] += 1
 
 
-def local_bounds(bounds: Bounds, last: int, lower: Array, upper: Array) -> Region:
+def _check_again(bounds: Bounds, tree: Splits, by_node: dict[int, list[Claim]], held: dict[Key, set[int]],
+                 failed: Counter[Key]) -> None:
+    """Claims that coarse arithmetic did not settle, on a few sub-boxes, with exact arithmetic for all layers."""
+    open_ = [claim for claims in by_node.values() for claim in claims
+             if any((claim.layer, int(n), int(s)) in failed and claim.node not in held.get((claim.layer, int(n), int(s)), ())
+                    for n, s in zip(claim.neurons, claim.signs, strict=True))]
+    nodes = sorted({claim.node for claim in open_})
+    if not nodes or len(nodes) > AGAIN:
+        return
+    for node in nodes:
+        mine = [claim for claim in open_ if claim.node == node]
+        failed.subtract((c.layer, int(n), int(s)) for c in mine for n, s in zip(c.neurons, c.signs, strict=True)
+                        if c.node not in held.get((c.layer, int(n), int(s)), ()))
+        _check_part(bounds, tree, max(c.layer for c in mine), [node], [mine], held, failed, exact=True)
+
+
+def local_bounds(bounds: Bounds, last: int, lower: Array, upper: Array, exact: bool = False) -> Region:
     """Bounds of ReLU layers 0..last on sub-boxes (boxes, inputs); of the last one by intervals only."""
     shape = bounds.network.input_shape
     count = len(lower)
@@ -167,23 +185,23 @@ def local_bounds(bounds: Bounds, last: int, lower: Array, upper: Array) -> Regio
             low, high = (b.reshape(count, -1) for b in ranges[inputs[0]])
             relu[k] = np.maximum(low, bounds.lower[k]), np.minimum(high, bounds.upper[k])
             if k < last:
-                _tighten(bounds, k, Region(ranges[INPUT], relu, pools), *relu[k])
-            ranges[position] = op.interval([tuple(b.reshape(count, *op.shape) for b in relu[k])], False)  # type: ignore[list-item]
+                _tighten(bounds, k, Region(ranges[INPUT], relu, pools), *relu[k], exact)
+            ranges[position] = op.interval([tuple(b.reshape(count, *op.shape) for b in relu[k])], exact)  # type: ignore[list-item]
             continue
         if isinstance(op, MaxPool):
             pools[position] = ranges[inputs[0]]
-        ranges[position] = op.interval([ranges[i] for i in inputs], False)
+        ranges[position] = op.interval([ranges[i] for i in inputs], exact)
         if not (np.isfinite(ranges[position][0]).all() and np.isfinite(ranges[position][1]).all()):
             raise CheckError(f"node {position}: its interval bounds leave the range of float64")
     return Region(ranges[INPUT], relu, pools)
 
 
-def _tighten(bounds: Bounds, layer: int, region: Region, lower: Array, upper: Array) -> None:
+def _tighten(bounds: Bounds, layer: int, region: Region, lower: Array, upper: Array, exact: bool) -> None:
     """Narrow bounds (boxes, neurons) in place by backward substitution where both signs are still possible."""
     for sign in (1, -1):
         rows, neurons = np.nonzero((lower < 0) & (upper > 0))
         signs = np.full(len(rows), sign, np.int64)
-        values = bounds.maximise(layer, neurons, signs, region.rows(rows, len(lower)))
+        values = bounds.maximise(layer, neurons, signs, region.rows(rows, len(lower)), exact=exact)
         if sign > 0:
             upper[rows, neurons] = np.minimum(upper[rows, neurons], values)
         else:

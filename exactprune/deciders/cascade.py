@@ -25,7 +25,7 @@ from exactprune.bounds.layerwise import Layerwise, first_is_exact, start
 from exactprune.bounds.program import compile_network
 from exactprune.bounds.witness import WitnessSearch
 from exactprune.claim import Method, Status
-from exactprune.deciders.input_split import MARGIN, InputSplit, Question, SplitLimits
+from exactprune.deciders.input_split import InputSplit, Question, SplitLimits
 from exactprune.deciders.outcome import LayerSuggestions
 from exactprune.deciders.proofs import Multipliers, Record, Tree, crown_record, linear_record
 from exactprune.deciders.tasks import LP_AFTER, QUESTIONS_A_TASK, Setting, Task, TaskResult, bounds_before, run_task
@@ -410,8 +410,8 @@ class Cascade:
             for i, reason in result.reasons.items():
                 self.layers[questions[i].layer].reasons[questions[i].neuron] = reason
 
-    def split_again(self, questions: Sequence[Question]) -> bool:
-        """Proofs with a hundred times the margin for questions whose sub-boxes the checker did not accept; whether any is new."""
+    def split_again(self, questions: Sequence[Question], margin: float) -> bool:
+        """Proofs with a wider margin for questions whose sub-boxes the checker did not accept; whether any is new."""
         known = dict(self.state.known)
         for layer in {q.layer for q in questions}:
             position = self.program.preactivation(layer)
@@ -422,7 +422,7 @@ class Cascade:
             known[position] = NodeBounds(lower, upper, now.error)
         limits = SplitLimits(monotonic() + max(10.0, 0.1 * self.effort.time_limit))
         nothing = np.zeros(len(questions), bool)
-        result = InputSplit(self.program, known, questions, lambda _: nothing, limits, margin=100 * MARGIN).run()
+        result = InputSplit(self.program, known, questions, lambda _: nothing, limits, margin=margin).run()
         if result.record is not None:
             self.proofs.append(_Fixed(result.record))
         return result.record is not None

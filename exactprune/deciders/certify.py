@@ -25,6 +25,7 @@ from exactprune.domain import Box
 from exactprune.network import Network
 
 EDGE = 1e-9  # a bound beyond 0 by less than this part of the neuron's range is left to exact arithmetic
+WIDER = (4e-6, 1e-5, 2e-4)  # margins for sub-boxes that were not accepted: slopes may flip where two numbers nearly tie
 POINTS_A_RECORD = 256
 
 
@@ -143,7 +144,7 @@ class _Draft:
     def repair(self, rejected: Sequence[tuple[int, int, str, str]], give_up: bool) -> int:
         """More bits for what was rejected, or unknown; returns how many verdicts were given up."""
         self.attempts += 1
-        if self.attempts == 1 and self._split_again(rejected):
+        if self.attempts <= len(WIDER) and self._split_again(rejected, WIDER[self.attempts - 1]):
             return 0
         given_up = 0
         wrong = {(layer, neuron) for layer, neuron, _, _ in rejected}
@@ -160,12 +161,12 @@ class _Draft:
                          for p, b in zip(self.cascade.proofs, self.bits, strict=True)]
         return given_up
 
-    def _split_again(self, rejected: Sequence[tuple[int, int, str, str]]) -> bool:
-        """New sub-boxes for rejected verdicts of input splitting, the old ones stay: they prove the others."""
+    def _split_again(self, rejected: Sequence[tuple[int, int, str, str]], margin: float) -> bool:
+        """New sub-boxes for rejected verdicts of input splitting; the old ones stay: they prove the others."""
         signs = {"inactive": 1, "active": -1}
         questions = [Question(layer, neuron, signs[claim]) for layer, neuron, claim, _ in rejected
                      if claim in signs and self.method[layer][neuron] == Method.INPUT_SPLIT]
-        found = bool(questions) and self.cascade.split_again(questions)
+        found = bool(questions) and self.cascade.split_again(questions, margin)
         self.bits.extend([0] * (len(self.cascade.proofs) - len(self.bits)))
         return found
 
