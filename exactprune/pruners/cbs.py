@@ -20,7 +20,8 @@ the update is damped, and over the whole network by default (``block``); with fe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -30,8 +31,8 @@ from exactprune.errors import OptionError
 from exactprune.pruners.problem import Problem
 from exactprune.pruners.protocol import Plan, Pruner, no_score, require
 from exactprune.pruners.selection import count, flatten, smallest, unflatten
-from exactprune.pruners.taps import all_factors
-from exactprune.pruners.woodfisher import WoodFisherOptions, update
+from exactprune.pruners.taps import all_factors, first_samples
+from exactprune.pruners.woodfisher import WORKSPACE, WoodFisherOptions, update
 
 MAX_BYTES = 4 * 2**30
 
@@ -55,7 +56,7 @@ class CbsOptions:
     window: int = 10
     misses: int = 20
     passes: int = 100
-    samples: int = 0
+    samples: int = 1000
     update: Literal["joint", "single", "none"] = "joint"
     damping: float = 1e-5
     block: int = -1
@@ -96,28 +97,39 @@ class Cbs(Pruner[CbsOptions]):
 
     def search(self, problem: Problem, number: int) -> Search:
         """The local search, finished."""
-        weights, gradients = flatten(problem.weights.values()), sample_gradients(problem, self.options.samples)
-        search = Search.start(weights, gradients, number)
+        weights = flatten(problem.weights.values())
+        search = Search.start(weights, scaled_gradients(problem, self.options.samples), number)
         for _ in range(self.options.passes):
             if not search.sweep(self.options):
                 break
         return search
 
 
-def sample_gradients(problem: Problem, samples: int = 0) -> Tensor:
-    """Per-sample gradients of all prunable weights, shape (N, n).
+def scaled_gradients(problem: Problem, samples: int = 0) -> Tensor:
+    """Row q is w_q times the per-sample gradients of weight q, over sqrt(N), shape (n, N).
 
     Raises:
         OptionError: they do not fit in memory.
     """
-    x, y = problem.data
-    used = min(samples or len(x), len(x))
+    used = min(samples or len(problem.data[0]), len(problem.data[0]))
     if 8 * used * problem.size > MAX_BYTES:
         raise OptionError(f"cbs keeps {used:,} gradients of {problem.size:,} weights ({8 * used * problem.size / 2**30:.1f} "
                           f"GiB, the limit is {MAX_BYTES / 2**30:g}); give samples "
                           f"{max(1, MAX_BYTES // (8 * problem.size))} or less")
-    factors, = all_factors(replace(problem, x=x[:used], y=y[:used]))
-    return torch.cat([f.columns(0, f.size) for f in factors.values()], 1)
+    factors, = all_factors(first_samples(problem, used))
+    rows, start = problem.inputs.new_empty(problem.size, used, dtype=problem.dtype), 0
+    for name, weight in problem.weights.items():
+        each = factors[name]
+        for a, b in pieces(each.size, max(1, WORKSPACE // (8 * used))):
+            rows[start + a:start + b] = each.columns(a, b).T * (weight.flatten()[a:b, None] / used**0.5)
+        start += each.size
+    return rows
+
+
+def pieces(total: int, width: int) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) of consecutive pieces of at most ``width``."""
+    for a in range(0, total, width):
+        yield a, min(a + width, total)
 
 
 @dataclass
@@ -125,23 +137,25 @@ class Search:
     """The local search's state.
 
     Attributes:
-        scaled: column q is w_q g_q / sqrt(N), shape (N, n), so w_i F_ij w_j is a product of two columns.
+        scaled: row q is w_q g_q / sqrt(N), shape (n, N), so w_i F_ij w_j is a product of two rows.
         pruned: the set P.
         kept: candidates outside P.
+        norms: F_qq w_q^2.
         objectives: w_P^T F w_P at the start and after every pass.
     """
 
     scaled: Tensor
     pruned: Tensor
     kept: Tensor
+    norms: Tensor
     objectives: list[float] = field(default_factory=list)
 
     @classmethod
-    def start(cls, weights: Tensor, gradients: Tensor, number: int) -> Search:
+    def start(cls, weights: Tensor, scaled: Tensor, number: int) -> Search:
         """From the ``number`` weights of least magnitude."""
         pruned = smallest(weights.abs(), number)
         out = torch.ones_like(weights, dtype=torch.bool).index_fill(0, pruned, False)
-        search = cls(gradients * (weights / len(gradients) ** 0.5), pruned.sort().values, out.nonzero().flatten())
+        search = cls(scaled, pruned.sort().values, out.nonzero().flatten(), scaled.norm(dim=1).square())
         search.objectives.append(search.objective())
         return search
 
@@ -150,19 +164,18 @@ class Search:
         return float(self._sum(self.pruned).square().sum())
 
     def _sum(self, subset: Tensor) -> Tensor:
-        return self.scaled[:, subset].sum(1)
+        return self.scaled[subset].sum(0)
 
     def sweep(self, options: CbsOptions) -> bool:
         """One pass of swaps; False where the first pair does not improve enough."""
         if not len(self.pruned) or not len(self.kept):
             return False
-        total, norms = self._sum(self.pruned), self.scaled.square().sum(0)
-        reach = 2 * (self.scaled.T @ total)
-        alpha = (reach - norms)[self.pruned]
+        reach = 2 * (self.scaled @ self._sum(self.pruned))
+        alpha = (reach - self.norms)[self.pruned]
         order = alpha.argsort(descending=True, stable=True)
         self.pruned, alpha = self.pruned[order], alpha[order]
-        beta = (reach + norms)[self.kept]
-        order = (beta - 2 * (self.scaled[:, self.kept].T @ self.scaled[:, self.pruned[0]])).argsort(stable=True)
+        beta = (reach + self.norms)[self.kept]
+        order = (beta - 2 * (self.scaled @ self.scaled[self.pruned[0]])[self.kept]).argsort(stable=True)
         self.kept, beta = self.kept[order], beta[order]
         pairs = self._pairs(alpha, beta, options)
         if not pairs:
@@ -174,7 +187,7 @@ class Search:
 
     def _pairs(self, alpha: Tensor, beta: Tensor, options: CbsOptions) -> list[tuple[int, int]]:
         """Places in P and outside that swap in this pass."""
-        drift, free = torch.zeros_like(self.scaled[:, 0]), torch.ones_like(self.kept, dtype=torch.bool)
+        drift, free = torch.zeros_like(self.scaled[0]), torch.ones_like(self.kept, dtype=torch.bool)
         pairs: list[tuple[int, int]] = []
         missed = 0
         for i in range(len(self.pruned)):
@@ -189,7 +202,7 @@ class Search:
                 continue
             pairs.append((i, j))
             free[j] = False
-            drift += self.scaled[:, self.kept[j]] - self.scaled[:, self.pruned[i]]
+            drift += self.scaled[self.kept[j]] - self.scaled[self.pruned[i]]
         return pairs
 
     def _partner(self, i: int, low: int, high: int, alpha: Tensor, beta: Tensor, drift: Tensor, free: Tensor,
@@ -197,8 +210,8 @@ class Search:
         """First place in low ... high - 1 whose swap with i improves by ``threshold``."""
         if low >= high:
             return None
-        own, columns = self.scaled[:, self.pruned[i]], self.scaled[:, self.kept[low:high]]
+        own, others = self.scaled[self.pruned[i]], self.scaled[self.kept[low:high]]
         saved = alpha + 2 * (own @ drift)
-        cost = beta[low:high] + 2 * (columns.T @ (drift - own))
+        cost = beta[low:high] + 2 * (others @ (drift - own))
         found = ((saved - cost >= threshold) & free[low:high]).nonzero()
         return low + int(found[0]) if len(found) else None

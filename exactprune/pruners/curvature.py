@@ -70,6 +70,24 @@ def dense(problem: Problem, kind: Curvature) -> Tensor:
     return finite({"the weights": total / len(problem.data[0])}, "the curvature")["the weights"]
 
 
+def neuron_blocks(problem: Problem, kind: Curvature) -> Iterator[Tensor]:
+    """The diagonal blocks that belong to one output neuron (channel) each, (K, K), in global index order.
+
+    Where a layer is applied once per sample, the gradients are g_no a_n, and the block is the weighted sum of a_n a_n^T.
+    """
+    parts, samples = all_factors(problem, None if kind == "fisher" else output_roots(problem)), len(problem.data[0])
+    for name, shape in problem.shapes.items():
+        layer = [factors[name] for factors in parts]
+        if layer[0].outer_products:
+            a = layer[0].a.flatten(1)
+            share = torch.stack([f.g.flatten(1).square() for f in layer]).sum(0) / samples
+            yield from (a.T @ (a * column[:, None]) for column in share.T)
+        else:
+            for o in range(shape[0]):
+                rows = torch.cat([f.rows(o, o + 1) for f in layer])
+                yield rows.T @ rows / samples
+
+
 def _outer(factors: dict[str, Factors]) -> Tensor:
     rows = torch.cat([f.columns(0, f.size) for f in factors.values()], 1)
     return rows.T @ rows

@@ -21,6 +21,7 @@ from exactprune.pruners.selection import count
 from exactprune.pruners.taps import patches
 
 Options = TypeVar("Options")
+Tick = Callable[[int], None]  # told how many more rows are done
 
 
 def input_moments(problem: Problem) -> dict[str, Tensor]:
@@ -62,13 +63,14 @@ class LayerPruner(Pruner[Options], Generic[Options]):
     data = "inputs"
 
     @abstractmethod
-    def prune_rows(self, weight: Tensor, hessian: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    def prune_rows(self, weight: Tensor, hessian: Tensor, number: int, tick: Tick) -> tuple[Tensor, Tensor]:
         """Prune a matrix.
 
         Args:
             weight: (rows, K).
             hessian: (K, K), positive semidefinite.
             number: how many entries go.
+            tick: told how many more rows are done.
 
         Returns:
             Mask and new weights, both (rows, K).
@@ -78,15 +80,16 @@ class LayerPruner(Pruner[Options], Generic[Options]):
         """Every layer by itself; rows of one group share a Hessian."""
         moments = input_moments(problem)
         masks, values = {}, {}
+        tick = problem.ticker(sum(len(weight) for weight in problem.weights.values()))
         for name, weight in problem.weights.items():
             hessian = 2 / len(problem.inputs) * moments[name]
-            masks[name], values[name] = self._layer(weight, hessian, count(sparsity, weight.numel()))
+            masks[name], values[name] = self._layer(weight, hessian, count(sparsity, weight.numel()), tick)
         return Plan(masks, values)
 
-    def _layer(self, weight: Tensor, hessian: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    def _layer(self, weight: Tensor, hessian: Tensor, number: int, tick: Tick) -> tuple[Tensor, Tensor]:
         groups = weight.flatten(1).chunk(len(hessian))
         shares = _shares(number, [g.numel() for g in groups])
-        done = [self.prune_rows(g, h, k) for g, h, k in zip(groups, hessian, shares)]
+        done = [self.prune_rows(g, h, k, tick) for g, h, k in zip(groups, hessian, shares)]
         mask, value = (torch.cat(parts).view_as(weight) for parts in zip(*done))
         return mask, value * mask
 
@@ -112,9 +115,12 @@ def damped(hessian: Tensor, relative: float) -> Tensor:
                                                                       device=hessian.device)
 
 
+def positive_definite(hessian: Tensor) -> Tensor:
+    """H, or H + I where H is not positive definite (few samples), as in the OBC authors' code."""
+    _, info = torch.linalg.cholesky_ex(hessian)
+    return hessian if int(info) == 0 else hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+
+
 def inverse(hessian: Tensor) -> Tensor:
-    """H^-1, or (H + I)^-1 where H is not positive definite (few samples), as in the OBC authors' code."""
-    factor, info = torch.linalg.cholesky_ex(hessian)
-    if int(info) != 0:
-        factor = torch.linalg.cholesky(hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device))
-    return torch.cholesky_inverse(factor)
+    """The inverse of ``positive_definite``."""
+    return torch.cholesky_inverse(torch.linalg.cholesky(positive_definite(hessian)))

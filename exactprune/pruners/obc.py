@@ -12,7 +12,8 @@ the row is taken from its own trace at that length (Algorithm 2).
 
 Choices left open: ``damping`` times the mean of diag(H) is added (0 as in the authors' default), before
 dead inputs are looked for, so that with damping their weights cost something; steps of equal error go in
-the order of rows. Traces are not stored: a second sweep stops each row at its length.
+the order of rows. Of a trace only the order and the errors are kept (``sweep``): at its length, a row is the joint minimiser
+over what stays.
 """
 
 from __future__ import annotations
@@ -23,12 +24,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from exactprune.pruners.layerwise import LayerPruner, damped, input_moments, inverse, without_dead
+from exactprune.pruners.layerwise import LayerPruner, Tick, damped, input_moments, inverse, positive_definite, without_dead
 from exactprune.pruners.problem import Problem
 from exactprune.pruners.protocol import require
 from exactprune.pruners.selection import smallest
-
-WORKSPACE = 2**29
+from exactprune.pruners.sweep import Trace, rows_at_once, settle, sweep
 
 
 @dataclass(frozen=True)
@@ -63,39 +63,22 @@ class Obc(LayerPruner[ObcOptions]):
             scores[name] = weight.square() / (2 * rows.view_as(weight))
         return scores
 
-    def prune_rows(self, weight: Tensor, hessian: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Sweep all rows to the end for the errors, then to each row's length for the weights."""
+    def prune_rows(self, weight: Tensor, hessian: Tensor, number: int, tick: Tick) -> tuple[Tensor, Tensor]:
+        """Sweep all rows to the end for the errors, then take each row at its length."""
         weight, hessian = without_dead(weight, damped(hessian, self.options.damping))
-        h_inv = inverse(hessian)
-        rows, columns = weight.shape
-        most = max(1, WORKSPACE // (8 * columns * columns))
-        whole = torch.full((rows,), columns, device=weight.device)
-        errors = torch.cat([_sweep(w, h_inv, n)[0] for w, n in zip(weight.split(most), whole.split(most))])
-        lengths = torch.bincount(smallest(errors.flatten(), number) // columns, minlength=rows)
-        parts = [_sweep(w, h_inv, n) for w, n in zip(weight.split(most), lengths.split(most))]
-        return torch.cat([keep for _, _, keep in parts]), torch.cat([w for _, w, _ in parts])
+        hessian = positive_definite(hessian)
+        trace = traces(weight, torch.cholesky_inverse(torch.linalg.cholesky(hessian)), tick)
+        lengths = torch.bincount(smallest(trace.errors.flatten(), number) // weight.shape[1], minlength=len(weight))
+        keep = torch.ones_like(weight, dtype=torch.bool)
+        for row, order, length in zip(keep, trace.order, lengths.tolist()):
+            row[order[:length]] = False
+        return keep, torch.stack([settle(w, hessian, ~stay) for w, stay in zip(weight, keep)])
 
 
-def _sweep(weight: Tensor, h_inv: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Greedy OBS on a batch of rows, row i for ``lengths[i]`` steps.
-
-    Returns:
-        The error of every step (rows, K), the weights afterwards, and the mask of those that stay.
-    """
-    w, inverse_ = weight.clone(), h_inv.expand(len(weight), -1, -1).clone()
-    keep = torch.ones_like(w, dtype=torch.bool)
-    errors = torch.zeros_like(w)
-    every = torch.arange(len(w), device=w.device)
-    for step in range(int(lengths.max())):
-        diagonal = inverse_.diagonal(dim1=1, dim2=2)
-        cost = (w.square() / diagonal).masked_fill(~keep, torch.inf)
-        q = cost.argmin(1)
-        errors[:, step] = cost[every, q] / 2
-        on = step < lengths
-        row, pivot = inverse_[every, q], diagonal[every, q].clone()
-        w = torch.where(on[:, None], w - row * (w[every, q] / pivot)[:, None], w)
-        keep[every[on], q[on]] = False
-        w[~keep] = 0
-        scaled = row / pivot.sqrt()[:, None]
-        inverse_.baddbmm_(scaled.unsqueeze(2), scaled.unsqueeze(1), alpha=-1)
-    return errors, w, keep
+def traces(weight: Tensor, inverse_: Tensor, tick: Tick) -> Trace:
+    """``sweep`` of rows that share an inverse."""
+    parts = []
+    for rows in weight.split(rows_at_once(weight.shape[1])):
+        parts.append(sweep(rows, inverse_.repeat(len(rows), 1, 1)))
+        tick(len(rows))
+    return Trace(*(torch.cat(side) for side in zip(*parts)))

@@ -15,10 +15,16 @@ zero": the sequence of single steps ends at the joint solution delta = -(H^-1)_:
 Choices left open: H is the Gauss-Newton matrix plus ``damping`` times the identity (the paper's alpha, 1e-8 to 1e-4), over
 the prunable weights of all layers; biases do not move. ``update`` may also be ``joint`` (S = the k lowest L_q at
 once, then the joint solution), ``single`` (the sum of the k single updates, which is no minimiser) or ``none``.
+
+The whole inverse is limited to ``MAX_WEIGHTS`` weights. ``block`` = neuron keeps the blocks of H that belong to one output
+neuron (channel) each, and sets the rest to zero: OBS on that matrix, still exact. Neurons then do not interact, so each one's
+greedy order is followed to the end (``sweep``), and the orders are merged by the cost of the next step: that is the greedy
+order of the block-diagonal matrix.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -26,10 +32,12 @@ import torch
 from torch import Tensor
 
 from exactprune.errors import OptionError
-from exactprune.pruners.curvature import CURVATURES, Curvature, dense
+from exactprune.pruners.curvature import CURVATURES, Curvature, dense, neuron_blocks
 from exactprune.pruners.problem import Problem
 from exactprune.pruners.protocol import Plan, Pruner, gone, require
 from exactprune.pruners.selection import count, flatten, smallest, unflatten
+from exactprune.pruners.sweep import settle, sweep
+from exactprune.pruners.taps import first_samples
 
 MAX_WEIGHTS = 12_000
 Update = Literal["greedy", "joint", "single", "none"]
@@ -43,17 +51,25 @@ class ObsOptions:
         curvature: hessian, gauss-newton or fisher.
         damping: added to the diagonal.
         update: greedy, joint, single or none.
+        block: network (the whole matrix) or neuron (its blocks of one neuron each; not with curvature hessian).
+        samples: use this many samples, from the start of the data; 0 for all.
     """
 
     curvature: Curvature = "gauss-newton"
     damping: float = 1e-8
     update: Update = "greedy"
+    block: Literal["network", "neuron"] = "network"
+    samples: int = 1000
 
     def __post_init__(self) -> None:
         require(self.curvature in CURVATURES, "curvature", self.curvature, ", ".join(CURVATURES))
         require(self.damping >= 0, "damping", self.damping, "a number >= 0")
         require(self.update in ("greedy", "joint", "single", "none"), "update", self.update,
                 "greedy, joint, single or none")
+        require(self.block in ("network", "neuron"), "block", self.block, "network or neuron")
+        require(self.block == "network" or self.curvature != "hessian", "curvature", self.curvature,
+                "gauss-newton or fisher with block neuron")
+        require(self.samples >= 0, "samples", self.samples, "a whole number, 0 for all")
 
 
 class Obs(Pruner[ObsOptions]):
@@ -65,42 +81,126 @@ class Obs(Pruner[ObsOptions]):
 
     def score(self, problem: Problem) -> dict[str, Tensor]:
         """L_q of every single deletion."""
-        return unflatten(saliency(flatten(problem.weights.values()), self.inverse(problem)), problem.shapes)
+        return unflatten(self._score(first_samples(problem, self.options.samples)), problem.shapes)
+
+    def _score(self, problem: Problem) -> Tensor:
+        weights = flatten(problem.weights.values())
+        if self.options.block == "network":
+            return saliency(weights, self.inverse(problem))
+        rows = zip(weight_rows(problem), self._neurons(problem))
+        return torch.cat([saliency(w, inverse_of(hessian)) for w, hessian in rows])
 
     def plan(self, problem: Problem, sparsity: float) -> Plan:
         """Remove ``count`` weights and move the others."""
-        number = count(sparsity, problem.size)
+        used, number = first_samples(problem, self.options.samples), count(sparsity, problem.size)
+        removed = gone(problem)
+        first = flatten(removed.values()).nonzero().flatten() if removed else \
+            torch.zeros(0, dtype=torch.long, device=problem.device)
+        whole = self.options.block == "network"
+        keep, moved, scores = self._whole(used, number, first) if whole else self._by_neuron(used, number, first)
+        return Plan(unflatten(keep, problem.shapes), unflatten(moved * keep, problem.shapes),
+                    scores=None if scores is None else unflatten(scores, problem.shapes))
+
+    # -- the whole matrix ----------------------------------------------------------------------------------------------
+
+    def _whole(self, problem: Problem, number: int, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weights, inverse = flatten(problem.weights.values()), self.inverse(problem)
         scores = saliency(weights, inverse)
-        removed = gone(problem)
-        first = flatten(removed.values()).nonzero().flatten() if removed else weights.new_empty(0, dtype=torch.long)
         if self.options.update == "greedy":
             order, moved = greedy(weights, inverse, number, first)
         else:
             order = smallest(scores.index_fill(0, first, -torch.inf), number)
-            delta = {"joint": joint_update, "single": single_updates, "none": _no_update}[self.options.update]
-            moved = weights + delta(weights, inverse, order)
-        keep = torch.ones_like(weights, dtype=torch.bool).index_fill(0, order, False)
-        return Plan(unflatten(keep, problem.shapes), unflatten(moved * keep, problem.shapes),
-                    scores=unflatten(scores, problem.shapes))
+            moved = weights + UPDATES[self.options.update](weights, inverse, order)
+        return kept_but(weights, order), moved, scores
 
     def inverse(self, problem: Problem) -> Tensor:
-        """(H + damping I)^-1 over all prunable weights, shape (n, n).
+        """H^-1, shape (n, n).
 
         Raises:
-            OptionError: the network is too large, or H is not positive definite.
+            OptionError: it is too large, or H is not positive definite.
         """
         if problem.size > MAX_WEIGHTS:
             gib = 8 * problem.size**2 / 2**30
             raise OptionError(f"obs needs the whole {problem.size:,} x {problem.size:,} inverse Hessian ({gib:,.0f} GiB); "
-                              f"it is limited to {MAX_WEIGHTS:,} weights: use woodfisher (blocks) or obc (per layer)")
-        matrix = dense(problem, self.options.curvature)
+                              f"it is limited to {MAX_WEIGHTS:,} weights: use woodfisher (blocks), obs with block=neuron, "
+                              "or obc (per layer)")
+        return inverse_of(self._damped(dense(problem, self.options.curvature)))
+
+    def _damped(self, matrix: Tensor) -> Tensor:
         matrix.diagonal().add_(self.options.damping)
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        if int(info) != 0:
-            raise OptionError(f"the {self.options.curvature} matrix is not positive definite at damping "
-                              f"{self.options.damping:g}; give a larger damping (the paper uses up to 1e-4)")
-        return torch.cholesky_inverse(factor)
+        return matrix
+
+    # -- block by block ------------------------------------------------------------------------------------------------
+
+    def _by_neuron(self, problem: Problem, number: int, first: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        tick = problem.ticker(2 * sum(len(weight) for weight in problem.weights.values()))
+        greedy_ = self.options.update == "greedy"
+        scores = self._costs(problem, first, tick) if greedy_ else self._score(problem)
+        keep = kept_but(scores, smallest(scores.index_fill(0, first, -torch.inf), number))
+        moved, start = [], 0
+        for w, hessian in zip(weight_rows(problem), self._neurons(problem)):
+            moved.append(self._settled(w, hessian, ~keep[start:start + len(w)]))
+            start += len(w)
+            tick(1)
+        return keep, torch.cat(moved), None if greedy_ else scores
+
+    def _settled(self, weights: Tensor, hessian: Tensor, going: Tensor) -> Tensor:
+        if self.options.update in ("greedy", "joint"):
+            return settle(weights, hessian, going)
+        return weights + UPDATES[self.options.update](weights, inverse_of(hessian), going.nonzero().flatten())
+
+    def _costs(self, problem: Problem, first: Tensor, tick: Callable[[int], None]) -> Tensor:
+        """What a weight's turn costs: the dearest step of its neuron's greedy order up to its own, shape (n,).
+
+        Merging orders by the cost of the next step takes steps in the order of this number.
+        """
+        before = torch.zeros(problem.size, dtype=torch.bool, device=problem.device).index_fill(0, first, True)
+        costs, start = [], 0
+        for w, hessian in zip(weight_rows(problem), self._neurons(problem)):
+            going = before[start:start + len(w)]
+            if bool(going.any()):
+                w, hessian = settle(w, hessian, going), _without(hessian, going)
+            order, errors = sweep(w[None], inverse_of(hessian)[None])
+            costs.append(torch.empty_like(w).index_copy_(0, order[0], errors[0].cummax(0).values))
+            start += len(w)
+            tick(1)
+        return torch.cat(costs)
+
+    def _neurons(self, problem: Problem) -> Iterator[Tensor]:
+        """The damped blocks of H, neuron after neuron in global index order."""
+        for block in neuron_blocks(problem, self.options.curvature):
+            yield self._damped(block)
+
+
+def inverse_of(matrix: Tensor) -> Tensor:
+    """The inverse of a positive definite matrix.
+
+    Raises:
+        OptionError: it is not.
+    """
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) != 0:
+        raise OptionError("obs: the curvature matrix is not positive definite at this damping; give a larger damping (the "
+                          "paper uses up to 1e-4)")
+    return torch.cholesky_inverse(factor)
+
+
+def weight_rows(problem: Problem) -> Iterator[Tensor]:
+    """The weights of every output neuron (channel), in global index order."""
+    for weight in problem.weights.values():
+        yield from weight.flatten(1)
+
+
+def _without(hessian: Tensor, going: Tensor) -> Tensor:
+    """H with the rows and columns of what is gone already replaced by those of the identity."""
+    matrix = hessian.masked_fill(going[:, None] | going, 0)
+    matrix.diagonal()[going] = 1
+    return matrix
+
+
+def kept_but(like: Tensor, removed: Tensor) -> Tensor:
+    """True everywhere but at the indices ``removed``."""
+    return torch.ones_like(like, dtype=torch.bool).index_fill(0, removed, False)
 
 
 def saliency(weights: Tensor, inverse: Tensor) -> Tensor:
@@ -126,6 +226,9 @@ def joint_update(weights: Tensor, inverse: Tensor, subset: Tensor) -> Tensor:
 
 def _no_update(weights: Tensor, inverse: Tensor, subset: Tensor) -> Tensor:
     return torch.zeros_like(weights)
+
+
+UPDATES = {"greedy": joint_update, "joint": joint_update, "single": single_updates, "none": _no_update}
 
 
 def greedy(weights: Tensor, inverse: Tensor, number: int, first: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from exactprune.errors import DataError, OptionError, WeightError
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> one loss per sample, shape (N,)
 Masks: TypeAlias = dict[str, Tensor]
+Progress: TypeAlias = Callable[[int, int], None]  # (done, of how many)
 PRUNABLE = (nn.Linear, nn.Conv2d)
 
 
@@ -71,6 +72,7 @@ class Problem:
         dtype: of the computation.
         cost: counted while the problem is worked on.
         previous: masks that already hold (gradual pruning): what they removed stays removed.
+        progress: told (done, of how many) by methods that take long.
 
     Raises:
         DataError: ``x`` and ``y`` do not fit, or are empty.
@@ -86,6 +88,7 @@ class Problem:
     dtype: torch.dtype = torch.float64
     cost: Cost = field(default_factory=Cost)
     previous: Masks | None = None
+    progress: Progress | None = None
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -155,6 +158,18 @@ class Problem:
         if self.x is None:
             raise DataError("this method needs data: give x of shape (N, ...)")
         return self.x.to(self.device, self.dtype) if self.x.is_floating_point() else self.x.to(self.device)
+
+    def ticker(self, total: int) -> Callable[[int], None]:
+        """A function that adds up what is done of ``total`` and tells ``progress``."""
+        done = 0
+
+        def tick(more: int = 1) -> None:
+            nonlocal done
+            done += more
+            if self.progress is not None:
+                self.progress(done, total)
+
+        return tick
 
     def losses(self, output: Tensor, target: Tensor) -> Tensor:
         """One loss per sample."""

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from exactprune.pruners.layerwise import LayerPruner, damped, inverse, without_dead
+from exactprune.pruners.layerwise import LayerPruner, Tick, damped, inverse, without_dead
 from exactprune.pruners.problem import Problem
 from exactprune.pruners.protocol import no_score, require
 from exactprune.pruners.selection import smallest
@@ -51,7 +51,7 @@ class SparseGpt(LayerPruner[SparseGptOptions]):
         """There is none: the order depends on updates on the way."""
         raise no_score(self.name)
 
-    def prune_rows(self, weight: Tensor, hessian: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    def prune_rows(self, weight: Tensor, hessian: Tensor, number: int, tick: Tick) -> tuple[Tensor, Tensor]:
         """Choose the mask run by run, carry every column's error to the right."""
         weight, full = without_dead(weight, hessian)
         full = full + damped(hessian, self.options.damping) - hessian
@@ -66,4 +66,5 @@ class SparseGpt(LayerPruner[SparseGptOptions]):
             for j in range(start, stop):
                 error = torch.where(keep[:, j], 0, w[:, j]) / root[j, j]
                 w[:, j:] -= torch.outer(error, root[j, j:])
+        tick(len(w))
         return keep, w * keep

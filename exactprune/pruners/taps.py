@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,16 @@ class Factors:
         first, last = start // inputs, -(-stop // inputs)
         return self.rows(first, last)[:, start - first * inputs:stop - first * inputs]
 
+    @property
+    def outer_products(self) -> bool:
+        """Whether every sample's gradient is one outer product g a^T: one group, one position."""
+        return self.a.shape[1] == self.a.shape[3] == 1
+
+    def gram(self) -> Tensor:
+        """<gradient_n, gradient_m> = (g_n . g_m)(a_n . a_m) where gradients are outer products, shape (N, N)."""
+        a, g = self.a.flatten(1), self.g.flatten(1)
+        return (a @ a.T) * (g @ g.T)
+
     def squares(self) -> Tensor:
         """Sum over samples of the squared gradient, flat, shape (size,)."""
         if self.a.shape[3] == 1:
@@ -94,6 +104,14 @@ def all_factors(problem: Problem, objective: Objective | None = None) -> list[di
     parts = list(sample_factors(problem, objective))
     return [{name: Factors(torch.cat([p[i][name].a for p in parts]), torch.cat([p[i][name].g for p in parts]))
              for name in problem.names} for i in range(len(parts[0]))]
+
+
+def first_samples(problem: Problem, samples: int) -> Problem:
+    """The same with the first ``samples`` samples; 0 for all."""
+    if not samples or samples >= len(problem.data[0]):
+        return problem
+    x, y = problem.data
+    return replace(problem, x=x[:samples], y=y[:samples])
 
 
 @contextmanager

@@ -14,7 +14,9 @@ the N x B matrix of gradients,
     F^-1 = (I - G^T C^-1 G) / damping,   C = damping N I + G G^T   (N < B),
 
 or the Cholesky inverse of the B x B matrix itself (N >= B). Blocks of equal size are one batched operation, and for
-N < B the inverse is never formed: its diagonal and its products need C's factor alone.
+N < B the inverse is never formed: its diagonal and its products need C's factor alone. Where a block is a whole layer
+that is applied once per sample, g_n = vec(o_n a_n^T) and G G^T = (O O^T) * (A A^T) elementwise, so a large layer's C costs next
+to nothing, and columns of G are formed a few at a time.
 
 Choices left open, as in the authors' code: the saliency has no factor 1/2; 1e-10 is added to [F^-1]_qq and to the
 result; gradients are of single samples; a block is a layer, or ``block`` consecutive weights of it. ``steps`` > 1 is the
@@ -23,8 +25,10 @@ gradual variant: prune and update to i / steps of the target, measure again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -33,7 +37,7 @@ from torch import Tensor
 from exactprune.pruners.problem import Problem
 from exactprune.pruners.protocol import Plan, Pruner, ScoreOptions, apply, finite, gone, require
 from exactprune.pruners.selection import flatten, keep_largest, unflatten
-from exactprune.pruners.taps import Factors, all_factors
+from exactprune.pruners.taps import Factors, all_factors, first_samples
 
 EPSILON = 1e-10
 WORKSPACE = 2**28  # bytes of gradients that are worked on at once
@@ -47,7 +51,7 @@ class WoodFisherOptions(ScoreOptions):
         damping: of the Fisher matrix.
         block: weights per block; 0 for one block per layer, -1 for one block in all.
         update: single (sum of the OBS updates, the paper's), joint (the minimiser for all removed weights), none.
-        samples: gradients to use, from the start of the data; 0 for all.
+        samples: gradients of this many samples, from the start of the data; 0 for all.
         average: samples per gradient (the paper's mini-batch).
         steps: number of rounds; 1 is one-shot.
     """
@@ -55,7 +59,7 @@ class WoodFisherOptions(ScoreOptions):
     damping: float = 1e-5
     block: int = 0
     update: Literal["single", "joint", "none"] = "single"
-    samples: int = 0
+    samples: int = 1000
     average: int = 1
     steps: int = 1
 
@@ -97,7 +101,7 @@ class WoodFisher(Pruner[WoodFisherOptions]):
 
     def _round(self, problem: Problem, sparsity: float) -> Plan:
         blocks = list(fisher_blocks(problem, self.options))
-        scores = self._score(problem, torch.cat([b.inverse_diagonal() for b in blocks]))
+        scores = self._score(problem, torch.cat([b.inverse_diagonal for b in blocks]))
         masks = keep_largest(scores, sparsity, self.options.scope, gone(problem))
         weights, keep = flatten(problem.weights.values()), flatten(masks.values())
         moved = torch.cat([b.move(weights, keep, self.options.update) for b in blocks])
@@ -113,15 +117,47 @@ def update(problem: Problem, masks: dict[str, Tensor], options: WoodFisherOption
 
 def inverse_diagonal(problem: Problem, options: WoodFisherOptions) -> Tensor:
     """Diagonal of the inverse Fisher matrix in global index order, shape (n,)."""
-    return torch.cat([block.inverse_diagonal() for block in fisher_blocks(problem, options)])
+    return torch.cat([block.inverse_diagonal for block in fisher_blocks(problem, options)])
 
 
 # -- blocks ------------------------------------------------------------------------------------------------------------
 
 
+class Blocks(ABC):
+    """A run of blocks of weights with consecutive global indices; the Fisher matrix has nothing outside of them.
+
+    Attributes:
+        start: global index of the first weight.
+        stop: global index after the last one.
+    """
+
+    start: int
+    stop: int
+
+    @cached_property
+    @abstractmethod
+    def inverse_diagonal(self) -> Tensor:
+        """Diagonal of F^-1, shape (stop - start,)."""
+
+    @abstractmethod
+    def single(self, weights: Tensor, going: Tensor) -> Tensor:
+        """F^-1 v with v_q = w_q / [F^-1]_qq where ``going``, else 0: minus the sum of the single updates."""
+
+    @abstractmethod
+    def joint(self, weights: Tensor, going: Tensor) -> Tensor:
+        """The minimiser of delta^T F delta with delta = -w where ``going``."""
+
+    def move(self, weights: Tensor, keep: Tensor, update: str) -> Tensor:
+        """The weights of these blocks after the update for those that go, before they are zeroed exactly."""
+        own, going = weights[self.start:self.stop], ~keep[self.start:self.stop]
+        if update == "none" or not bool(going.any()):
+            return own.clone()
+        return own + self.joint(own, going) if update == "joint" else own - self.single(own, going)
+
+
 @dataclass(frozen=True, eq=False)
-class Blocks:
-    """A run of equally large blocks of weights.
+class SmallBlocks(Blocks):
+    """Equally large blocks, all at once: one batched operation each.
 
     Attributes:
         start: global index of the first weight.
@@ -140,68 +176,129 @@ class Blocks:
     damping: float
 
     @property
-    def stop(self) -> int:
+    def stop(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Global index after the last weight."""
         return self.start + self.size * self.number
 
     def gradients(self) -> Tensor:
         """Shape (number, N, B)."""
-        columns = torch.cat([factors.columns(a, b) for factors, a, b in self.sources], 1)
-        if self.average > 1:
-            columns = torch.stack([part.mean(0) for part in columns.split(self.average)])
+        columns = _averaged(torch.cat([f.columns(a, b) for f, a, b in self.sources], 1), self.average)
         return columns.view(len(columns), self.number, self.size).transpose(0, 1)
 
+    @cached_property
     def inverse_diagonal(self) -> Tensor:
-        """Diagonal of F^-1, shape (number * B,)."""
-        return _diagonal(self.gradients(), self.damping).flatten()
-
-    def move(self, weights: Tensor, keep: Tensor, update: str) -> Tensor:
-        """The weights of these blocks after the update for those that go, before they are zeroed, (number * B,)."""
-        w = weights[self.start:self.stop].view(self.number, self.size)
-        going = ~keep[self.start:self.stop].view(self.number, self.size)
-        if update == "none" or not bool(going.any()):
-            return w.flatten().clone()
+        """Diagonal of F^-1."""
         g = self.gradients()
-        if update == "joint":
-            return torch.cat([w_ + _joint(w_, going_, g_, self.damping) for w_, going_, g_ in zip(w, going, g)])
-        return (w - _single(w, going, g, self.damping)).flatten()
+        if g.shape[1] >= g.shape[2]:
+            return block_inverse(g, self.damping).diagonal(dim1=1, dim2=2).flatten()
+        half = torch.linalg.solve_triangular(_woodbury_factor(g, self.damping), g, upper=False)
+        return ((1 - half.square().sum(1)) / self.damping).flatten()
+
+    def single(self, weights: Tensor, going: Tensor) -> Tensor:
+        """Minus the sum of the single updates."""
+        basis = torch.where(going, weights / self.inverse_diagonal, 0).view(self.number, self.size, 1)
+        g = self.gradients()
+        if g.shape[1] >= g.shape[2]:
+            return torch.cholesky_solve(basis, _fisher_factor(g, self.damping)).flatten()
+        inner = torch.cholesky_solve(torch.matmul(g, basis), _woodbury_factor(g, self.damping))
+        return ((basis - torch.matmul(g.mT, inner)) / self.damping).flatten()
+
+    def joint(self, weights: Tensor, going: Tensor) -> Tensor:
+        """Block by block: what stays differs from one to the next."""
+        rows = zip(weights.view(self.number, -1), going.view(self.number, -1), self.gradients())
+        return torch.cat([_joint(w, gone_, g[:, ~gone_], g[:, gone_] @ w[gone_], self.damping) for w, gone_, g in rows])
 
 
-def _diagonal(g: Tensor, damping: float) -> Tensor:
-    """Diagonal of F^-1 for gradients (blocks, N, B), shape (blocks, B)."""
-    if g.shape[1] >= g.shape[2]:
-        return block_inverse(g, damping).diagonal(dim1=1, dim2=2)
-    half = torch.linalg.solve_triangular(_woodbury_factor(g, damping), g, upper=False)
-    return (1 - half.square().sum(1)) / damping
+@dataclass(frozen=True, eq=False)
+class LargeBlock(Blocks):
+    """One block of whole layers, more weights than gradients: only columns of G are formed, a few at a time.
+
+    Attributes:
+        start: global index of the first weight.
+        layers: factors of the layers, in order.
+        average: samples per gradient.
+        damping: of F.
+    """
+
+    start: int
+    layers: tuple[Factors, ...]
+    average: int
+    damping: float
+
+    @property
+    def stop(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Global index after the last weight."""
+        return self.start + sum(f.size for f in self.layers)
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """Columns of G: (their places in this block, gradients (N, places))."""
+        begin = 0
+        for factors in self.layers:
+            width = max(1, WORKSPACE // (8 * len(factors.g)))
+            for a in range(0, factors.size, width):
+                b = min(a + width, factors.size)
+                yield slice(begin + a, begin + b), _averaged(factors.columns(a, b), self.average)
+            begin += factors.size
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """Cholesky factor of C = damping N I + G G^T, shape (N, N)."""
+        if self.average == 1 and all(f.outer_products for f in self.layers):
+            return _gram_factor(_summed(f.gram() for f in self.layers), self.damping)
+        return _gram_factor(_summed(g @ g.T for _, g in self.pieces()), self.damping)
+
+    @cached_property
+    def inverse_diagonal(self) -> Tensor:
+        """Diagonal of F^-1."""
+        halves = (torch.linalg.solve_triangular(self.factor, g, upper=False) for _, g in self.pieces())
+        return torch.cat([(1 - half.square().sum(0)) / self.damping for half in halves])
+
+    def single(self, weights: Tensor, going: Tensor) -> Tensor:
+        """Minus the sum of the single updates."""
+        basis = torch.where(going, weights / self.inverse_diagonal, 0)
+        inner = torch.cholesky_solve(_summed(g @ basis[at] for at, g in self.pieces())[:, None], self.factor)[:, 0]
+        return torch.cat([basis[at] - g.T @ inner for at, g in self.pieces()]) / self.damping
+
+    def joint(self, weights: Tensor, going: Tensor) -> Tensor:
+        """The minimiser for all that goes together."""
+        target = _summed(g[:, going[at]] @ weights[at][going[at]] for at, g in self.pieces())
+        if int((~going).sum()) <= len(target):
+            kept = torch.cat([g[:, ~going[at]] for at, g in self.pieces()], 1)
+            return _joint(weights, going, kept, target, self.damping)
+        gram = _summed(kept @ kept.T for kept in (g[:, ~going[at]] for at, g in self.pieces()))
+        inner = torch.cholesky_solve(target[:, None], _gram_factor(gram, self.damping))[:, 0]
+        return torch.cat([torch.where(going[at], -weights[at], g.T @ inner) for at, g in self.pieces()])
 
 
-def _single(w: Tensor, going: Tensor, g: Tensor, damping: float) -> Tensor:
-    """F^-1 v with v_q = w_q / [F^-1]_qq where ``going``, for weights (blocks, B) and gradients (blocks, N, B)."""
-    if g.shape[1] >= g.shape[2]:
-        inverse = block_inverse(g, damping)
-        basis = torch.where(going, w / inverse.diagonal(dim1=1, dim2=2), 0)
-        return torch.matmul(inverse, basis.unsqueeze(2)).squeeze(2)
-    basis = torch.where(going, w / _diagonal(g, damping), 0)
-    inner = torch.cholesky_solve(torch.matmul(g, basis.unsqueeze(2)), _woodbury_factor(g, damping))
-    return (basis - torch.matmul(g.mT, inner).squeeze(2)) / damping
+def _averaged(columns: Tensor, average: int) -> Tensor:
+    return columns if average == 1 else torch.stack([part.mean(0) for part in columns.split(average)])
 
 
-def _joint(weights: Tensor, going: Tensor, g: Tensor, damping: float) -> Tensor:
+def _summed(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors of one shape, in order, holding one at a time."""
+    left = iter(parts)
+    return sum(left, next(left))
+
+
+def _joint(weights: Tensor, going: Tensor, kept: Tensor, target: Tensor, damping: float) -> Tensor:
     """The minimiser of delta^T F delta with delta = -w where ``going``, for one block.
 
     With K kept and P going, delta_K = F_KK^-1 F_KP w_P, which needs products with G_K only (the same as the OBS
     formula with F^-1).
+
+    Args:
+        weights: (B,).
+        going: (B,).
+        kept: G_K.
+        target: G_P w_P, (N,).
+        damping: of F.
     """
-    kept, target = g[:, ~going], g[:, going] @ weights[going]
     delta = -weights * going
-    if len(g) < kept.shape[1]:
-        factor = _woodbury_factor(kept[None], damping)[0]
-        delta[~going] = kept.T @ torch.cholesky_solve(target[:, None], factor)[:, 0]
+    if len(kept) < kept.shape[1]:
+        delta[~going] = kept.T @ torch.cholesky_solve(target[:, None], _woodbury_factor(kept[None], damping)[0])[:, 0]
     else:
-        fisher = kept.T @ kept / len(g)
-        fisher.diagonal().add_(damping)
-        factor = torch.linalg.cholesky(fisher)
-        delta[~going] = torch.cholesky_solve((kept.T @ target)[:, None] / len(g), factor)[:, 0]
+        moved = (kept.T @ target)[:, None] / len(kept)
+        delta[~going] = torch.cholesky_solve(moved, _fisher_factor(kept[None], damping)[0])[:, 0]
     return delta
 
 
@@ -217,39 +314,54 @@ def block_inverse(gradients: Tensor, damping: float) -> Tensor:
     """
     samples, size = gradients.shape[1:]
     if samples >= size:
-        fisher = torch.matmul(gradients.mT, gradients).div_(samples)
-        fisher.diagonal(dim1=1, dim2=2).add_(damping)
-        return torch.cholesky_inverse(torch.linalg.cholesky(fisher))
+        return torch.cholesky_inverse(_fisher_factor(gradients, damping))
     half = torch.linalg.solve_triangular(_woodbury_factor(gradients, damping), gradients, upper=False)
     inverse = torch.matmul(half.mT, half).neg_()
     inverse.diagonal(dim1=1, dim2=2).add_(1)
     return inverse.div_(damping)
 
 
+def _fisher_factor(gradients: Tensor, damping: float) -> Tensor:
+    """Cholesky factor of damping I + G^T G / N, shape (blocks, B, B)."""
+    fisher = torch.matmul(gradients.mT, gradients).div_(gradients.shape[1])
+    fisher.diagonal(dim1=1, dim2=2).add_(damping)
+    return torch.linalg.cholesky(fisher)
+
+
 def _woodbury_factor(gradients: Tensor, damping: float) -> Tensor:
     """Cholesky factor of damping N I + G G^T, shape (blocks, N, N)."""
-    gram = torch.matmul(gradients, gradients.mT)
-    gram.diagonal(dim1=1, dim2=2).add_(damping * gradients.shape[1])
-    return torch.linalg.cholesky(gram)
+    return _gram_factor(torch.matmul(gradients, gradients.mT), damping)
+
+
+def _gram_factor(gram: Tensor, damping: float) -> Tensor:
+    damped = gram + damping * gram.shape[-1] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.cholesky(damped)
 
 
 def fisher_blocks(problem: Problem, options: WoodFisherOptions) -> Iterator[Blocks]:
     """All blocks in global index order, equal ones together as far as ``WORKSPACE`` allows."""
-    if options.samples:
-        problem = replace(problem, x=problem.inputs[:options.samples], y=problem.data[1][:options.samples])
+    problem = first_samples(problem, options.samples)
     factors, = all_factors(problem)
-    samples = -(-len(problem.inputs) // options.average)
-    if options.block == -1:
-        sources = tuple((f, 0, f.size) for f in factors.values())
-        yield Blocks(0, problem.size, 1, sources, options.average, options.damping)
+    samples, start = -(-len(problem.inputs) // options.average), 0
+    groups: list[tuple[Factors, ...]] = [(f,) for f in factors.values()]
+    for layers in [tuple(factors.values())] if options.block == -1 else groups:
+        whole = sum(f.size for f in layers)
+        size = min(options.block, whole) if options.block > 0 else whole
+        if size == whole > samples:
+            yield LargeBlock(start, layers, options.average, options.damping)
+        else:
+            yield from _small_blocks(layers, start, size, samples, options)
+        start += whole
+
+
+def _small_blocks(layers: Sequence[Factors], start: int, size: int, samples: int,
+                  options: WoodFisherOptions) -> Iterator[Blocks]:
+    if len(layers) > 1:
+        yield SmallBlocks(start, size, 1, tuple((f, 0, f.size) for f in layers), options.average, options.damping)
         return
-    start = 0
-    for factor in factors.values():
-        size = min(options.block or factor.size, factor.size)
-        for a, b in _runs(factor.size, size, max(1, WORKSPACE // (8 * size * max(samples, size)))):
-            width = min(size, b - a)
-            yield Blocks(start + a, width, (b - a) // width, ((factor, a, b),), options.average, options.damping)
-        start += factor.size
+    for a, b in _runs(layers[0].size, size, max(1, WORKSPACE // (8 * size * max(samples, size)))):
+        width = min(size, b - a)
+        yield SmallBlocks(start + a, width, (b - a) // width, ((layers[0], a, b),), options.average, options.damping)
 
 
 def _runs(total: int, size: int, most: int) -> Iterator[tuple[int, int]]:

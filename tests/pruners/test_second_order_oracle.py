@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,8 @@ from torch import nn
 
 from exactprune import pruners
 from exactprune.errors import OptionError
-from exactprune.pruners import obs, woodfisher
-from exactprune.pruners.curvature import dense, diagonal
+from exactprune.pruners import obs, sweep, woodfisher
+from exactprune.pruners.curvature import dense, diagonal, neuron_blocks
 from exactprune.pruners.problem import Problem
 
 CURVATURES = {"hessian": "hess", "gauss-newton": "ggn", "fisher": "ef"}
@@ -99,6 +101,35 @@ def test_greedy_ends_at_the_joint_solution():
     inverse = torch.linalg.inv(root.T @ root / 40)
     order, moved = obs.greedy(w, inverse, 5)
     torch.testing.assert_close(moved, (w + obs.joint_update(w, inverse, order)).index_fill(0, order, 0))
+
+
+@pytest.mark.parametrize("kind", ["gauss-newton", "fisher"])
+@pytest.mark.parametrize("update", ["greedy", "joint", "single", "none"])
+def test_obs_by_neuron_is_obs_on_the_block_diagonal_matrix(mlp, batch, kind, update, monkeypatch):
+    problem = Problem(mlp, *batch)
+    blocks = list(neuron_blocks(problem, kind))
+    matrix = torch.block_diag(*blocks)
+    whole, at = dense(problem, kind), torch.block_diag(*(torch.ones_like(b) for b in blocks)).bool()
+    torch.testing.assert_close(matrix, whole * at)
+    monkeypatch.setattr(obs, "dense", lambda *_: matrix.clone())
+    monkeypatch.setattr(sweep, "PANEL", 4)
+    for first in (0.0, 0.2):
+        known = replace(problem, previous=pruners.mask("magnitude", mlp, sparsity=first))
+        plans = [obs.Obs(obs.ObsOptions(curvature=kind, damping=1e-4, update=update, block=block)).plan(known, 0.7)
+                 for block in ("neuron", "network")]
+        for name, mask in plans[0].masks.items():
+            assert torch.equal(mask, plans[1].masks[name])
+            torch.testing.assert_close(plans[0].values[name], plans[1].values[name], rtol=1e-6, atol=1e-8)
+
+
+def test_neuron_blocks_of_convolutions():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 2, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).double()
+    problem = Problem(net, torch.rand(9, 2, 3, 3).double(), torch.randint(0, 3, (9,)))
+    for kind in ("gauss-newton", "fisher"):
+        blocks, whole = list(neuron_blocks(problem, kind)), dense(problem, kind)
+        at = torch.block_diag(*(torch.ones_like(b) for b in blocks)).bool()
+        torch.testing.assert_close(torch.block_diag(*blocks), whole * at)
 
 
 def test_obs_refuses_what_does_not_fit():
