@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter
 
+from exactprune.cli.progress import Progress, progress
 from exactprune.errors import DataError, LoadError, OptionError
 
 if TYPE_CHECKING:
@@ -55,12 +57,10 @@ class PruneFlags:
 
 def run_list(as_json: bool) -> int:
     """``exactprune prune --list``."""
-    import exactprune.pruning  # its own method registers itself
     from exactprune.pruners import methods
 
     rows = [{"method": name, "prunes": cls.prunes, "when": cls.when, "data": cls.data, "reference": cls.reference,
              "options": _defaults(cls.Options)} for name, cls in methods().items()]
-    assert any(row["method"] == exactprune.pruning.ScalingUp.name for row in rows)
     if as_json:
         print(json.dumps(rows, indent=2))
         return 0
@@ -83,7 +83,8 @@ def run_prune(model: Path, out: Path | None, masks: Path | None, flags: PruneFla
     from exactprune.io import load, save
 
     network = load(model)
-    result = _prune(network, settings)
+    with progress(as_json or quiet) as bars:
+        result = _prune(network, settings, _bar(bars, settings.method))
     if out is not None:
         assert result.network is not None
         save(result.network, out)
@@ -189,7 +190,21 @@ def _convert(name: str, text: str, hint: Any) -> Any:
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
-def _prune(network: Network, settings: Settings) -> PruneResult:
+def _bar(bars: Progress, name: str) -> Callable[[int, int], None]:
+    """Shows (done, of how many); a stage of another length is a bar of its own."""
+    now = {"done": 0, "total": -1}
+
+    def tell(done: int, total: int) -> None:
+        if total != now["total"] or done < now["done"]:
+            bars.stage(name, total)
+            now.update(done=0, total=total)
+        bars.advance(done - now["done"])
+        now["done"] = done
+
+    return tell
+
+
+def _prune(network: Network, settings: Settings, tell: Callable[[int, int], None]) -> PruneResult:
     from exactprune.pruners import method
     from exactprune.pruning import prune
     from exactprune.training import TrainOptions, load_data
@@ -206,7 +221,8 @@ def _prune(network: Network, settings: Settings) -> PruneResult:
     if settings.data is not None:
         data = load_data(settings.data, settings.data_path).shaped(network.input_shape)
         data = data if settings.samples is None else data.first(settings.samples)
-    return prune(network, cls.name, settings.sparsity, data, finetune=finetune, structured=settings.structured, **options)
+    return prune(network, cls.name, settings.sparsity, data, finetune=finetune, structured=settings.structured,
+                 progress=tell, **options)
 
 
 def _check_place(path: Path | None, what: str) -> None:

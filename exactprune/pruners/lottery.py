@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from exactprune.pruners.problem import Problem, layers_of
+from exactprune.pruners.problem import Problem, Progress, layers_of
 from exactprune.pruners.protocol import Plan, Pruner, no_score, require
 from exactprune.pruners.selection import Scope, count, drop_lowest
 from exactprune.training import TrainOptions, train
@@ -65,17 +65,20 @@ class Lottery(Pruner[LotteryOptions]):
         options, (x, y) = self.options, training_data(problem)
         count(sparsity, problem.size)
         masks = dict(problem.previous or everything(problem))
-        module, start = problem.module, None
-        for share in self.schedule(sparsity):
-            trained = train(module, x, y, options, masks=masks, snapshots=(options.rewind,))
+        module, start, shares = problem.module, None, self.schedule(sparsity)
+        finish = options.finish == "trained"
+        for i, share in enumerate(shares):
+            progress = one_of(problem.progress, i, len(shares) + finish)
+            trained = train(module, x, y, options, masks=masks, snapshots=(options.rewind,), progress=progress)
             problem.cost.gradients += options.epochs * len(x)
             start = start or trained.snapshots.get(options.rewind) or dict(trained.module.state_dict())
             weights = {name: layer.weight.detach() for name, layer in layers_of(trained.module).items()}
             masks = next_masks(weights, masks, share, options.scope)
             module = trained.module
             module.load_state_dict(start)
-        if options.finish == "trained":
-            module = train(module, x, y, options, masks=masks).module
+        if finish:
+            progress = one_of(problem.progress, len(shares), len(shares) + 1)
+            module = train(module, x, y, options, masks=masks, progress=progress).module
             problem.cost.gradients += options.epochs * len(x)
         return Plan(masks, {n: v.detach() for n, v in module.state_dict().items() if v.is_floating_point()})
 
@@ -96,6 +99,11 @@ def next_masks(weights: dict[str, Tensor], masks: dict[str, Tensor], sparsity: f
     if scope == "layer":
         return {n: drop_lowest({n: s}, count(sparsity, s.numel()), removed)[n] for n, s in scores.items()}
     return drop_lowest(scores, count(sparsity, sum(s.numel() for s in scores.values())), removed)
+
+
+def one_of(progress: Progress | None, place: int, number: int) -> Progress | None:
+    """What the training at ``place`` of ``number`` equal ones tells ``progress``."""
+    return None if progress is None else lambda done, total: progress(place * total + done, number * total)
 
 
 def everything(problem: Problem) -> dict[str, Tensor]:

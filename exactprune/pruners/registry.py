@@ -1,5 +1,8 @@
 """Which methods there are: the built-in ones, those registered in code, and those of installed packages.
 
+Built-in methods are named by module and class and imported when first used. ``scaling-up`` lives above this package, because it
+runs the whole pipeline; naming it here does not import it.
+
 A package adds a method by an entry point of the group ``exactprune.pruners`` that names a ``Pruner`` class::
 
     [project.entry-points."exactprune.pruners"]
@@ -25,7 +28,7 @@ BUILT_IN = {
     "mlprune": "mlprune:MLPrune", "cbs": "cbs:Cbs", "obc": "obc:Obc", "sparsegpt": "sparsegpt:SparseGpt",
     "wanda": "wanda:Wanda", "nisp": "nisp:Nisp", "lottery": "lottery:Lottery",
     "set": "set:SparseEvolutionary", "dsr": "dsr:Dsr", "deep-r": "deep_r:DeepR",
-    "epsilon-resnet": "epsilon_resnet:EpsilonResNet",
+    "epsilon-resnet": "epsilon_resnet:EpsilonResNet", "scaling-up": "exactprune.pruning.scaling_up:ScalingUp",
 }
 _REGISTERED: dict[str, type[Pruner[Any]]] = {}
 
@@ -62,7 +65,7 @@ def method(name: str) -> type[Pruner[Any]]:
     wanted = name.replace("_", "-").lower()
     if wanted in BUILT_IN:
         module, _, attribute = BUILT_IN[wanted].partition(":")
-        return getattr(import_module(f"exactprune.pruners.{module}"), attribute)
+        return getattr(import_module(module if "." in module else f"exactprune.pruners.{module}"), attribute)
     if wanted in _REGISTERED:
         return _REGISTERED[wanted]
     installed = _installed()

@@ -26,7 +26,7 @@ gradual variant: prune and update to i / steps of the target, measure again.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -101,11 +101,17 @@ class WoodFisher(Pruner[WoodFisherOptions]):
 
     def _round(self, problem: Problem, sparsity: float) -> Plan:
         blocks = list(fisher_blocks(problem, self.options))
-        scores = self._score(problem, torch.cat([b.inverse_diagonal for b in blocks]))
+        tick = problem.ticker(2 * len(blocks))
+        scores = self._score(problem, torch.cat([_and(tick, b.inverse_diagonal) for b in blocks]))
         masks = keep_largest(scores, sparsity, self.options.scope, gone(problem))
         weights, keep = flatten(problem.weights.values()), flatten(masks.values())
-        moved = torch.cat([b.move(weights, keep, self.options.update) for b in blocks])
+        moved = torch.cat([_and(tick, b.move(weights, keep, self.options.update)) for b in blocks])
         return Plan(masks, unflatten(moved * keep, problem.shapes), scores=scores)
+
+
+def _and(tick: Callable[[int], None], value: Tensor) -> Tensor:
+    tick(1)
+    return value
 
 
 def update(problem: Problem, masks: dict[str, Tensor], options: WoodFisherOptions) -> dict[str, Tensor]:

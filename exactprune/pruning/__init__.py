@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from exactprune.pruners.registry import register
 from exactprune.pruning.api import PruneResult, prune
 from exactprune.pruning.facts import LayerDensity, PruneReport
 from exactprune.pruning.scaling_up import ScalingUp
 
 __all__ = ["LayerDensity", "PruneReport", "PruneResult", "ScalingUp", "prune"]
-
-register(ScalingUp)

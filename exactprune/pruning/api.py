@@ -16,6 +16,7 @@ from exactprune.io import load, to_torch
 from exactprune.io.torch_export import to_sequential
 from exactprune.network import Network
 from exactprune.pruners import Loss, Plan, Problem, Pruner, apply, decide, make
+from exactprune.pruners.problem import Progress
 from exactprune.pruning.facts import PruneReport, densities, layer_positions, measured
 from exactprune.pruning.shrink import shrink
 from exactprune.training import DataSet, TrainOptions, load_data, train
@@ -47,7 +48,7 @@ class PruneResult:
 
 def prune(model: Network | nn.Module, method: str | Pruner[Any] = "magnitude", sparsity: float = 0.9, data: Data = None,
           *, loss: Loss | None = None, finetune: TrainOptions | None = None, structured: bool = False,
-          **options: Any) -> PruneResult:
+          progress: Progress | None = None, **options: Any) -> PruneResult:
     """Prune a copy of a model.
 
     Args:
@@ -58,6 +59,7 @@ def prune(model: Network | nn.Module, method: str | Pruner[Any] = "magnitude", s
         loss: maps (outputs, targets) to one loss per sample; by default cross entropy or half the squared error.
         finetune: train afterwards with the masks kept.
         structured: make the result physically smaller where whole neurons or channels died.
+        progress: told (done, of how many) by methods that take long, and by fine-tuning.
         options: the method's options.
 
     Raises:
@@ -67,7 +69,7 @@ def prune(model: Network | nn.Module, method: str | Pruner[Any] = "magnitude", s
     module = as_module(model) if isinstance(model, Network) else model
     pruner = make(method, **options) if isinstance(method, str) else method
     x, y = samples(data, module, model.input_shape if isinstance(model, Network) else None)
-    problem = Problem(module, x, y, loss)
+    problem = Problem(module, x, y, loss, progress=progress)
     with measured(problem.cost, problem.device):
         plan = decide(pruner, problem, sparsity)
     pruned = plan.smaller if plan.smaller is not None and structured else apply(module, plan).eval()
@@ -96,7 +98,7 @@ def _finetuned(module: nn.Module, plan: Plan, problem: Problem, options: TrainOp
     names = dict(module.named_parameters())
     masks = {name: mask for name, mask in plan.masks.items() if name in names and plan.smaller is not module}
     return train(module, x.to(own) if x.is_floating_point() else x, y.to(own) if y.is_floating_point() else y, options,
-                 masks=masks).module
+                 masks=masks, progress=problem.progress).module
 
 
 def _shape(model: Network | nn.Module, x: Tensor | None) -> tuple[int, ...] | None:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import exactprune
-import exactprune.pruning  # registers scaling-up where the package is not installed
 from exactprune import pruners
 from exactprune.errors import DataError, ExactPruneError, OptionError, WeightError
 from exactprune.pruners import epsilon_resnet
