@@ -33,6 +33,7 @@ from exactprune.domain import Box
 from exactprune.network import Network
 
 FEW_INPUTS = 8
+ASCEND_AFTER = 2048  # boxes of input splitting, before gradient ascent is asked about what they leave open
 MANY_QUESTIONS = 64  # above this, more restarts come before branch and bound
 NODE_ROUNDS = (1024, 32_768, 1 << 22)  # nodes a layer, shared by its questions, 32 each at least
 ALPHA_STEPS = 20
@@ -345,8 +346,6 @@ class Cascade:
         if decider != "auto" and self._open_count() and self.suggest is not None:
             self._suggestions(deadline - monotonic())
         few = self.program.size(-1) <= FEW_INPUTS
-        if few:
-            self._ascend_harder(5.0)
         if self._open_count() and (decider == "input-split" or (decider == "auto" and few)):
             share = 1.0 if decider == "input-split" else 0.85
             self._input_split(monotonic() + share * self.effort.time_limit)
@@ -363,8 +362,15 @@ class Cascade:
             self._suggestions(0.3 * (deadline - monotonic()))
         self._phase_round(NODE_ROUNDS[2], deadline)
 
-    def _ascend_harder(self, at_most: float = 60.0) -> None:
+    def _ascend_harder(self) -> None:
         """More restarts for what is still open; where a proof is likely the first round of branch and bound has found it."""
+        masks = self._lacking()
+        if any(mask.any() for pair in masks for mask in pair):
+            with self._stage("ascent", "more restarts"):
+                self._ascend(masks, 60.0)
+
+    def _lacking(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Which signs are asked about, (positive, negative) for every layer."""
         masks = []
         for layer in range(self.program.layers):
             neurons, signs = self._questions(layer)
@@ -372,9 +378,10 @@ class Cascade:
             negative = positive.copy()
             positive[neurons[signs > 0]], negative[neurons[signs < 0]] = True, True
             masks.append((positive, negative))
-        if any(mask.any() for pair in masks for mask in pair):
-            with self._stage("ascent", "more restarts"):
-                self.search.ascent(masks, rounds=3, first=1, time_limit=min(at_most, 0.1 * self.effort.time_limit))
+        return masks
+
+    def _ascend(self, masks: list[tuple[np.ndarray, np.ndarray]], at_most: float) -> None:
+        self.search.ascent(masks, rounds=3, first=1, time_limit=min(at_most, 0.1 * self.effort.time_limit))
 
     def _input_split(self, deadline: float) -> None:
         questions = [Question(k, int(n), int(s)) for k in range(self.program.layers)
@@ -384,8 +391,13 @@ class Cascade:
         layer = np.array([q.layer for q in questions])
         neuron, sign = np.array([q.neuron for q in questions]), np.array([q.sign for q in questions])
 
+        seen = [0]  # boxes: their centres refute most of what is false, and only the rest is worth an ascent
+
         def refuted(points: Tensor) -> np.ndarray:
             self.search.try_points(points, Method.INPUT_SPLIT)
+            if seen[0] < ASCEND_AFTER <= seen[0] + len(points):
+                self._ascend(self._lacking(), 5.0)
+            seen[0] += len(points)
             hit = np.zeros(len(questions), bool)
             for k in set(layer.tolist()):
                 positive, negative = self.search.lacking(k)
