@@ -6,20 +6,22 @@
 A page names the file and the place of every measured figure in an HTML comment, which Markdown does not show. FILE is relative to
 reports/. A block is replaced as a whole:
 
-    <!-- figures: FILE | STEP | STEP ... -->
+    <!-- figures: FILE :: STEP :: STEP ... -->
     (made by this script)
     <!-- /figures -->
 
     a.md    table N (the N-th table, from 1), section TITLE (what stands below that heading)
     a.txt   shown as code; lines A-B takes a part of it
-    a.csv   a table; columns A, B as Name .1f, C *1000:.0f, ...; where KEY=VALUE; bullets (the columns joined, one bullet a row); at most N
+    a.csv   a table; columns A, B as Name .1f, C *1000:.0f, ...; where KEY=VALUE; at most N; bullets (the columns of a row
+            joined, one bullet a row)
     a.json  the same, of the list of objects at the key given by: at KEY.KEY
 
-A single number stands between <!--= FILE | PLACE | STEP ... --> and <!--/-->, where PLACE is
+A single number stands between <!--= FILE :: PLACE :: STEP ... --> and <!--/-->, where PLACE is
 
-    key.key.0.key                    in a .json file
-    [column=value; column=value] name     in a .csv file, or in a .json file's list of objects (KEY.KEY [..] name)
-    max(name), min, median, mean, sum, count    over the rows that are selected
+    key.key.0.key                   in a .json file
+    [column=value; column<9] name   of the one row of a .csv file, or of a .json file's list of objects at KEY.KEY
+                                    (KEY.KEY [...] name); also one/other, !=, <=, >, >=, and a column on the right
+    max(name), min, median, mean, sum, count    over the rows that are selected by [...]
 
 and a STEP is a factor (*100), or a Python format (.1f, ",", .3g). Only the standard library is needed.
 """
@@ -29,6 +31,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import operator
 import re
 import statistics
 import sys
@@ -40,8 +43,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "reports"
 EXEMPT = Path(__file__).with_name("figures.toml")
-BLOCK = re.compile(r"(<!-- figures: (?P<what>[^>]*?) -->\n)(?P<now>.*?)(<!-- /figures -->)", re.DOTALL)
-INLINE = re.compile(r"(<!--= (?P<what>[^>]*?) -->)(?P<now>.*?)(<!--/-->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- figures: (?P<what>(?:(?!-->).)*?) -->\n)(?P<now>.*?)(<!-- /figures -->)", re.DOTALL)
+INLINE = re.compile(r"(<!--= (?P<what>(?:(?!-->).)*?) -->)(?P<now>.*?)(<!--/-->)", re.DOTALL)
 PLACE = re.compile(r"(?P<path>[^\[]*?)\s*(?:\[(?P<where>[^\]]*)\])?\s*(?P<name>[^\[\]]*)")
 OVER = re.compile(r"(max|min|median|mean|sum|count)\((.*)\)")
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`|<!--.*?-->", re.DOTALL | re.MULTILINE)
@@ -191,16 +194,22 @@ OVERS: dict[str, Callable[[Sequence[float]], float]] = {"max": max, "min": min, 
                                                         "mean": statistics.fmean}
 
 
+ORDERS: dict[str, Callable[[float, float], bool]] = {"<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge}
+
+
 def fits(row: Row, where: str) -> bool:
     """Whether a row has the values asked for; ``!=`` asks for others."""
     return all(fit(row, text) for text in filter(None, map(str.strip, where.split(";"))))
 
 
 def fit(row: Row, text: str) -> bool:
-    """Whether a row fits one ``key=value``, ``key=one/other`` or ``key!=value``."""
-    name, is_not, wanted = re.fullmatch(r"(.*?)(!?)=(.*)", text).groups()  # type: ignore[union-attr]
+    """Whether a row fits one ``key=value``, ``key=one/other``, ``key!=value``, ``key<number`` or ``key<=other key``."""
+    name, sign, wanted = (part.strip() for part in re.fullmatch(r"(.*?)(!=|[<>]=?|=)(.*)", text).groups())  # type: ignore[union-attr]
     value = at(row, name)
-    return (str(value) in wanted.split("/")) != bool(is_not)
+    if sign in ORDERS:
+        other = row.get(wanted, wanted)
+        return value not in ("", None) and ORDERS[sign](number(value), number(other))
+    return (str(value) in wanted.split("/")) == (sign == "=")
 
 
 def at(value: Any, path: str) -> Any:
@@ -266,7 +275,7 @@ def exemptions() -> dict[str, list[str]]:
 
 def split(what: str) -> list[str]:
     """The parts of a marker."""
-    return [part.strip() for part in what.split("|")]
+    return [part.strip() for part in what.split("::")]
 
 
 def has(steps: list[str], name: str) -> bool:
