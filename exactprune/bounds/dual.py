@@ -16,7 +16,8 @@ dB/dalpha_j = min(v_j, 0) z*_j and dB/dbeta_j = sigma_j z*_j. The same values sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,6 +29,8 @@ from exactprune.bounds.program import Program
 from exactprune.bounds.relaxation import Relaxation, adaptive_slope, relax
 from exactprune.network import INPUT
 from exactprune.ops import Add, MaxPool2d, ReLU
+
+MAPPINGS = ("slack", "multipliers", "gradient_alpha", "gradient_beta", "scale")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +80,11 @@ class Solution:
     gradient_alpha: Mapping[int, Tensor]
     gradient_beta: Mapping[int, Tensor]
     scale: Mapping[int, Tensor]
+
+    def take(self, which: Tensor) -> Solution:
+        """The rows ``which``."""
+        return Solution(self.bound[which], self.corner[which],
+                        *({k: t[which] for k, t in getattr(self, name).items()} for name in MAPPINGS))
 
 
 def layers_below(program: Program, layer: int) -> list[int]:
@@ -217,6 +225,12 @@ class _Adam:
             moves[k] = self.first[k] / (1 - 0.9**self.count) / (corrected.sqrt() + 1e-30)
         return moves
 
+    def take(self, which: Tensor) -> _Adam:
+        """The state of the rows ``which``."""
+        part = copy(self)
+        part.first, part.second = ({k: t[which] for k, t in m.items()} for m in (self.first, self.second))
+        return part
+
 
 def optimise(program: Program, rows: Rows, known: Mapping[int, NodeBounds], steps: int, *, rate: float = 0.25,
              decay: float = 0.95, margin: float = 1e-4) -> Optimised:
@@ -235,29 +249,87 @@ def optimise(program: Program, rows: Rows, known: Mapping[int, NodeBounds], step
     Returns:
         The best of all iterates, row by row.
     """
-    best = solve(program, rows, known, want_gradient=True)
-    best_rows, adam_alpha, adam_beta = rows, _Adam(rows.alpha), _Adam(rows.beta)
-    total, weight = best.corner.clone(), 1.0
-    current, state, step_size = rows, best, rate
     enough = -margin * _range(program, rows, known)
-    done = best.bound <= enough
+    ascent = _Ascent(rows, solve(program, rows, known, want_gradient=True))
+    numbers = torch.arange(len(rows), device=rows.neurons.device)
+    finished: list[tuple[Tensor, Optimised]] = []
     for step in range(steps):
+        done = ascent.best.bound <= enough
         if bool(done.all()):
             break
-        moves_alpha, moves_beta = adam_alpha.step(state.gradient_alpha), adam_beta.step(state.gradient_beta)
-        alpha = {k: (t - step_size * moves_alpha[k]).clamp_(0, 1) if k in moves_alpha else t for k, t in current.alpha.items()}
-        beta = {k: ((t - step_size * state.scale[k] * moves_beta[k]) * (current.sigma[k] != 0)).clamp_(min=0)
+        if 2 * int(done.sum()) >= len(done):  # what is proved costs no more time
+            finished.append((numbers[done], ascent.take(done).result(known)))
+            ascent, numbers, enough = ascent.take(~done), numbers[~done], enough[~done]
+        ascent.step(program, known, rate * decay**step, step + 1, enough)
+    finished.append((numbers, ascent.result(known)))
+    return _joined(finished)
+
+
+class _Ascent:
+    """Rows on their way: where they stand, the best of every row so far, and the sum of the corners met."""
+
+    def __init__(self, rows: Rows, state: Solution) -> None:
+        self.current = self.best_rows = rows
+        self.state = self.best = state
+        self.adam_alpha, self.adam_beta = _Adam(rows.alpha), _Adam(rows.beta)
+        self.total, self.weight = state.corner.clone(), 1.0
+
+    def step(self, program: Program, known: Mapping[int, NodeBounds], size: float, number: int, enough: Tensor) -> None:
+        """One projected Adam step; rows whose bound is ``enough`` keep what they have."""
+        current, state, done = self.current, self.state, self.best.bound <= enough
+        moves_alpha, moves_beta = self.adam_alpha.step(state.gradient_alpha), self.adam_beta.step(state.gradient_beta)
+        alpha = {k: (t - size * moves_alpha[k]).clamp_(0, 1) if k in moves_alpha else t for k, t in current.alpha.items()}
+        beta = {k: ((t - size * state.scale[k] * moves_beta[k]) * (current.sigma[k] != 0)).clamp_(min=0)
                 if k in moves_beta else t for k, t in current.beta.items()}
-        current = replace(current, alpha=alpha, beta=beta)
-        state = solve(program, current, known)
-        total, weight = total + (step + 1) * state.corner, weight + step + 1
-        better = (state.bound < best.bound) & ~done
-        best, best_rows = _merge(better, state, best), _merge_rows(better, current, best_rows)
-        done = done | (best.bound <= enough)
-        step_size *= decay
-    box = known[INPUT]
-    average = torch.minimum(torch.maximum(total / weight, box.lower), box.upper)
-    return Optimised(best_rows, best.bound, best, average)
+        self.current = replace(current, alpha=alpha, beta=beta)
+        self.state = solve(program, self.current, known)
+        self.total, self.weight = self.total + number * self.state.corner, self.weight + number
+        better = (self.state.bound < self.best.bound) & ~done
+        self.best, self.best_rows = _merge(better, self.state, self.best), _merge_rows(better, self.current, self.best_rows)
+
+    def take(self, which: Tensor) -> _Ascent:
+        """The rows ``which``, with all their history."""
+        part = copy(self)
+        part.current, part.best_rows = self.current.take(which), self.best_rows.take(which)
+        part.state, part.best = self.state.take(which), self.best.take(which)
+        part.adam_alpha, part.adam_beta = self.adam_alpha.take(which), self.adam_beta.take(which)
+        part.total = self.total[which]
+        return part
+
+    def result(self, known: Mapping[int, NodeBounds]) -> Optimised:
+        """The best of every row."""
+        box = known[INPUT]
+        average = torch.minimum(torch.maximum(self.total / self.weight, box.lower), box.upper)
+        return Optimised(self.best_rows, self.best.bound, self.best, average)
+
+
+def _joined(parts: Sequence[tuple[Tensor, Optimised]]) -> Optimised:
+    """Parts put together again, in the order of their row numbers."""
+    if len(parts) == 1:
+        return parts[0][1]
+    order = torch.argsort(torch.cat([numbers for numbers, _ in parts]))
+    found = [part for _, part in parts]
+    return Optimised(
+        _joined_rows([part.rows for part in found], order),
+        torch.cat([part.bound for part in found])[order],
+        _joined_solutions([part.solution for part in found], order),
+        torch.cat([part.average for part in found])[order],
+    )
+
+
+def _together(parts: Sequence[Mapping[int, Tensor]], order: Tensor) -> dict[int, Tensor]:
+    return {k: torch.cat([part[k] for part in parts])[order] for k in parts[0]}
+
+
+def _joined_rows(parts: Sequence[Rows], order: Tensor) -> Rows:
+    neurons, signs = (torch.cat([getattr(part, name) for part in parts])[order] for name in ("neurons", "signs"))
+    return Rows(parts[0].layer, neurons, signs,
+                *(_together([getattr(part, name) for part in parts], order) for name in ("alpha", "sigma", "beta")))
+
+
+def _joined_solutions(parts: Sequence[Solution], order: Tensor) -> Solution:
+    bound, corner = (torch.cat([getattr(part, name) for part in parts])[order] for name in ("bound", "corner"))
+    return Solution(bound, corner, *(_together([getattr(part, name) for part in parts], order) for name in MAPPINGS))
 
 
 def _range(program: Program, rows: Rows, known: Mapping[int, NodeBounds]) -> Tensor:
@@ -272,8 +344,7 @@ def _choose(better: Tensor, new: Mapping[int, Tensor], old: Mapping[int, Tensor]
 def _merge(better: Tensor, new: Solution, old: Solution) -> Solution:
     bound = torch.where(better, new.bound, old.bound)
     corner = torch.where(better[:, None], new.corner, old.corner)
-    names = ("slack", "multipliers", "gradient_alpha", "gradient_beta", "scale")
-    return Solution(bound, corner, *(_choose(better, getattr(new, n), getattr(old, n)) for n in names))
+    return Solution(bound, corner, *(_choose(better, getattr(new, n), getattr(old, n)) for n in MAPPINGS))
 
 
 def _merge_rows(better: Tensor, new: Rows, old: Rows) -> Rows:
