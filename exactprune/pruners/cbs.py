@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,7 @@ from exactprune.pruners.taps import all_factors, first_samples
 from exactprune.pruners.woodfisher import WORKSPACE, WoodFisherOptions, update
 
 MAX_BYTES = 4 * 2**30
+RUN = 64  # weights of P whose products are computed together
 
 
 @dataclass(frozen=True)
@@ -187,31 +189,65 @@ class Search:
 
     def _pairs(self, alpha: Tensor, beta: Tensor, options: CbsOptions) -> list[tuple[int, int]]:
         """Places in P and outside that swap in this pass."""
-        drift, free = torch.zeros_like(self.scaled[0]), torch.ones_like(self.kept, dtype=torch.bool)
-        pairs: list[tuple[int, int]] = []
-        missed = 0
-        for i in range(len(self.pruned)):
-            if missed > options.misses:
+        drift = torch.zeros_like(self.scaled[0])
+        state = _Pass(alpha.cpu().numpy(), beta.cpu().numpy(), options)
+        for begin, end in pieces(len(self.pruned), RUN):
+            low, high = max(0, begin - options.window), min(len(self.kept), end + options.window)
+            rows = self.scaled[torch.cat([self.pruned[begin:end], self.kept[low:high]])]
+            before = len(state.pairs)
+            state.run(begin, end, low, (rows @ rows.T).cpu().numpy(), (rows @ drift).cpu().numpy())
+            if state.ended:
                 break
-            low, high = (0, 1) if i == 0 else (max(1, i - options.window), min(len(self.kept), i + options.window))
-            j = self._partner(i, low, high, alpha[i], beta, drift, free, options.threshold)
-            if j is None:
-                if i == 0:
-                    break
-                missed += 1
-                continue
-            pairs.append((i, j))
-            free[j] = False
-            drift += self.scaled[self.kept[j]] - self.scaled[self.pruned[i]]
-        return pairs
+            for i, j in state.pairs[before:]:
+                drift += rows[end - begin + j - low] - rows[i - begin]
+        return state.pairs
 
-    def _partner(self, i: int, low: int, high: int, alpha: Tensor, beta: Tensor, drift: Tensor, free: Tensor,
-                 threshold: float) -> int | None:
-        """First place in low ... high - 1 whose swap with i improves by ``threshold``."""
+
+class _Pass:
+    """One pass of swaps; products of the rows near each other come in runs, so that what is left is scalars.
+
+    Attributes:
+        pairs: (place in P, place outside) found so far.
+        ended: whether the pass is over.
+    """
+
+    def __init__(self, alpha: np.ndarray, beta: np.ndarray, options: CbsOptions) -> None:
+        self.alpha, self.beta, self.options = alpha, beta, options
+        self.free = np.ones(len(beta), dtype=bool)
+        self.pairs: list[tuple[int, int]] = []
+        self.missed, self.ended = 0, False
+
+    def run(self, begin: int, end: int, low: int, gram: np.ndarray, along: np.ndarray) -> None:
+        """Places begin ... end - 1 of P.
+
+        Args:
+            begin: first place.
+            end: after the last one.
+            low: first place outside that any of them may take.
+            gram: products of rows, P's first, then those outside.
+            along: their products with the drift, the sum of what swaps of this pass have changed; kept current.
+        """
+        shift = end - begin - low
+        for i in range(begin, end):
+            j = self._partner(i, gram[i - begin], along, i - begin, shift)
+            if j is not None:
+                self.pairs.append((i, j))
+                self.free[j] = False
+                along += gram[:, shift + j] - gram[:, i - begin]
+                continue
+            self.missed += 1
+            if i == 0 or self.missed > self.options.misses:
+                self.ended = True
+                return
+
+    def _partner(self, i: int, products: np.ndarray, along: np.ndarray, own: int, shift: int) -> int | None:
+        """First place in the window whose swap with i improves by the threshold."""
+        reach = self.options.window
+        low, high = (0, min(1, len(self.beta))) if i == 0 else (max(1, i - reach), min(len(self.beta), i + reach))
         if low >= high:
             return None
-        own, others = self.scaled[self.pruned[i]], self.scaled[self.kept[low:high]]
-        saved = alpha + 2 * (own @ drift)
-        cost = beta[low:high] + 2 * (others @ (drift - own))
-        found = ((saved - cost >= threshold) & free[low:high]).nonzero()
-        return low + int(found[0]) if len(found) else None
+        near = slice(shift + low, shift + high)
+        cost = self.beta[low:high] + 2 * (along[near] - products[near])
+        found = (self.alpha[i] + 2 * along[own] - cost >= self.options.threshold) & self.free[low:high]
+        place = int(found.argmax())
+        return low + place if found[place] else None

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from exactprune.errors import OptionError
-from exactprune.pruners.gradients import batches, parameters
+from exactprune.pruners.gradients import batches, derivative, parameters
 from exactprune.pruners.problem import Problem, layers_of
 from exactprune.pruners.protocol import finite
 from exactprune.pruners.selection import flatten
@@ -104,10 +104,15 @@ def output_roots(problem: Problem) -> Objective:
 
 
 def _output_hessian(problem: Problem, output: Tensor, target: Tensor) -> Tensor:
-    """Hessian of every sample's loss with respect to its outputs, shape (N, C, C)."""
+    """Hessian of every sample's loss with respect to its outputs, shape (N, C, C).
+
+    Raises:
+        DataError: the loss's derivative is NaN or infinite.
+    """
     free = output.clone().requires_grad_()
     slope, = torch.autograd.grad(problem.losses(free, target).sum(), free, create_graph=True)
-    columns = [torch.autograd.grad(s, free, retain_graph=True)[0].flatten(1) for s in slope.flatten(1).sum(0)]
+    finite({"the outputs": slope.detach()}, "the loss's derivative")
+    columns = [derivative(s, [free], retain_graph=True)[0].flatten(1) for s in slope.flatten(1).sum(0)]
     return torch.stack(columns, 2)
 
 
@@ -176,7 +181,7 @@ def _linear_diagonal(problem: Problem, name: str, x: Tensor, y: Tensor) -> Tenso
     """Sum over samples of a_k^2 d2L/dz_o^2; one product per output, for all samples of the batch together."""
     output, ((a, z),) = _calls(problem, name, x, enable=True)
     slope, = torch.autograd.grad(problem.losses(output, y).sum(), z, create_graph=True)
-    curvature = [torch.autograd.grad(slope[:, o].sum(), z, retain_graph=True)[0][:, o] for o in range(z.shape[1])]
+    curvature = [derivative(slope[:, o].sum(), [z], retain_graph=True)[0][:, o] for o in range(z.shape[1])]
     problem.cost.gradients += 2 * len(x) * z.shape[1]
     return torch.stack(curvature, 1).T @ a.square()
 
@@ -188,10 +193,10 @@ def _hessian_rows(problem: Problem, name: str, diagonal: bool = False) -> Iterat
     size = weights[place].numel()
     rows = torch.zeros(size, 1 if diagonal else problem.size, dtype=problem.dtype, device=problem.device)
     for x, y in batches(problem):
-        slopes = torch.autograd.grad(problem.losses(problem.model(x), y).sum(), weights, create_graph=True)
+        slopes = derivative(problem.losses(problem.model(x), y).sum(), weights, create_graph=True)
         problem.cost.gradients += 2 * len(x) * size
         for i, slope in enumerate(slopes[place].flatten()):
-            product = torch.autograd.grad(slope, weights, retain_graph=True)
+            product = derivative(slope, weights, retain_graph=True)
             rows[i] += product[place].flatten()[i] if diagonal else flatten(product)
     yield rows / len(problem.data[0])
 

@@ -78,7 +78,8 @@ class DynamicPruner(Pruner[Options], Generic[Options]):
                 with torch.no_grad():
                     run.rewire(weights, masks, optimizer.param_groups[0]["lr"], generator)
 
-        trained = train(problem.module, x, y, options, masks=masks, after_step=after_step, progress=problem.progress)
+        trained = train(problem.module, x, y, options, masks=masks, after_step=after_step, progress=problem.progress,
+                        loss=problem.loss)
         problem.cost.gradients += options.epochs * len(x)
         return Plan(masks, {n: v.detach() for n, v in trained.module.state_dict().items() if v.is_floating_point()})
 

@@ -69,7 +69,8 @@ class Lottery(Pruner[LotteryOptions]):
         finish = options.finish == "trained"
         for i, share in enumerate(shares):
             progress = one_of(problem.progress, i, len(shares) + finish)
-            trained = train(module, x, y, options, masks=masks, snapshots=(options.rewind,), progress=progress)
+            trained = train(module, x, y, options, masks=masks, snapshots=(options.rewind,), progress=progress,
+                            loss=problem.loss)
             problem.cost.gradients += options.epochs * len(x)
             start = start or trained.snapshots.get(options.rewind) or dict(trained.module.state_dict())
             weights = {name: layer.weight.detach() for name, layer in layers_of(trained.module).items()}
@@ -78,7 +79,7 @@ class Lottery(Pruner[LotteryOptions]):
             module.load_state_dict(start)
         if finish:
             progress = one_of(problem.progress, len(shares), len(shares) + 1)
-            module = train(module, x, y, options, masks=masks, progress=progress).module
+            module = train(module, x, y, options, masks=masks, progress=progress, loss=problem.loss).module
             problem.cost.gradients += options.epochs * len(x)
         return Plan(masks, {n: v.detach() for n, v in module.state_dict().items() if v.is_floating_point()})
 

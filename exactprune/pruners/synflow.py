@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from exactprune.errors import DataError
+from exactprune.pruners.gradients import derivative
 from exactprune.pruners.problem import Problem, layers_of, working_copy
 from exactprune.pruners.protocol import Plan, Pruner, finite, require
 from exactprune.pruners.selection import count, drop_lowest
@@ -77,7 +78,7 @@ class SynFlow(Pruner[SynFlowOptions]):
                 if name in masks:
                     layer.weight.mul_(masks[name])
         flow = model(torch.ones(1, *_input_shape(problem), dtype=problem.dtype, device=problem.device)).sum()
-        slopes = torch.autograd.grad(flow, weights)
+        slopes = derivative(flow, weights)
         problem.cost.gradients += 1
         scores = {name: (w * s).detach().abs() for name, w, s in zip(layers, weights, slopes)}
         return finite(scores, "the synaptic flow")

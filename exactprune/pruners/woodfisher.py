@@ -40,7 +40,8 @@ from exactprune.pruners.selection import flatten, keep_largest, unflatten
 from exactprune.pruners.taps import Factors, all_factors, first_samples
 
 EPSILON = 1e-10
-WORKSPACE = 2**28  # bytes of gradients that are worked on at once
+WORKSPACE = 2**28  # bytes of gradients of small blocks that are worked on at once
+COLUMNS = 2**26  # the same for the columns of a large block
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ class LargeBlock(Blocks):
         """Columns of G: (their places in this block, gradients (N, places))."""
         begin = 0
         for factors in self.layers:
-            width = max(1, WORKSPACE // (8 * len(factors.g)))
+            width = max(1, COLUMNS // (8 * len(factors.g)))
             for a in range(0, factors.size, width):
                 b = min(a + width, factors.size)
                 yield slice(begin + a, begin + b), _averaged(factors.columns(a, b), self.average)

@@ -98,7 +98,7 @@ def _finetuned(module: nn.Module, plan: Plan, problem: Problem, options: TrainOp
     names = dict(module.named_parameters())
     masks = {name: mask for name, mask in plan.masks.items() if name in names and plan.smaller is not module}
     return train(module, x.to(own) if x.is_floating_point() else x, y.to(own) if y.is_floating_point() else y, options,
-                 masks=masks, progress=problem.progress).module
+                 masks=masks, progress=problem.progress, loss=problem.loss).module
 
 
 def _shape(model: Network | nn.Module, x: Tensor | None) -> tuple[int, ...] | None:

@@ -63,14 +63,15 @@ class ScalingUp(Pruner[ScalingUpOptions]):
         """Verify, compress; ``sparsity`` is ignored."""
         options, chain = self.options, chain_of(problem.model)
         shape = (chain.layer(chain.hidden[0]).weight.shape[1],) if problem.x is None else tuple(problem.x.shape[1:])
-        network = load(problem.module, input_shape=shape)
         wanted = VerifyOptions(decider=options.decider, time_limit=options.time_limit)  # pyright: ignore[reportArgumentType]
-        verification = verify(network, uniform(options.low, options.high, shape), wanted)
-        smaller = compress(verification, options=CompressOptions(max_deviation=options.max_deviation))
+        with torch.random.fork_rng(devices=[]):  # tracing a module and building one draw random numbers
+            network = load(problem.module, input_shape=shape)
+            verification = verify(network, uniform(options.low, options.high, shape), wanted)
+            smaller = compress(verification, options=CompressOptions(max_deviation=options.max_deviation))
+            module = to_torch(smaller.network).to(problem.device)
         units = inactive_units(verification, list(chain.hidden), problem)
         plan = unit_plan(problem, chain, units, {})
         notes = (str(smaller), "the sparsity follows from what is proved; the one asked for is not used")
-        module = to_torch(smaller.network).to(problem.device)
         return Plan(plan.masks, plan.values, units=units, smaller=module, notes=notes)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from exactprune.errors import DataError, OptionError
 
 AfterStep = Callable[[int, nn.Module, torch.optim.Optimizer], None]
+SampleLoss = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> one loss per sample
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Trained:
 def train(module: nn.Module, x: Tensor, y: Tensor, options: TrainOptions | None = None, *,
           masks: Mapping[str, Tensor] | None = None, snapshots: Sequence[int] = (), after_step: AfterStep | None = None,
           checkpoint: Path | None = None, resume: bool = False,
-          progress: Callable[[int, int], None] | None = None) -> Trained:
+          progress: Callable[[int, int], None] | None = None, loss: SampleLoss | None = None) -> Trained:
     """Train a copy of ``module`` by cross entropy (integer targets) or half the squared error (float targets).
 
     Args:
@@ -101,6 +102,7 @@ def train(module: nn.Module, x: Tensor, y: Tensor, options: TrainOptions | None 
         checkpoint: file written after every epoch.
         resume: start from ``checkpoint`` where it exists.
         progress: called with (steps done, steps in all).
+        loss: maps (outputs, targets) to one loss per sample, if neither fits.
 
     Raises:
         DataError: there are no samples, or the loss is NaN or infinite.
@@ -109,7 +111,7 @@ def train(module: nn.Module, x: Tensor, y: Tensor, options: TrainOptions | None 
     options = options or TrainOptions()
     if len(x) == 0 or len(x) != len(y):
         raise DataError(f"training data: x has {len(x)} samples and y has {len(y)}; give one target for each, at least one")
-    run = _Run(copy.deepcopy(module).train(), x, y, options, masks or {}, checkpoint)
+    run = _Run(copy.deepcopy(module).train(), x, y, options, masks or {}, checkpoint, loss or sample_losses)
     begin = time.perf_counter()
     done, losses, state = run.restore() if resume else (0, [], None)
     kept = {0: _state(run.module)} if 0 in snapshots else {}
@@ -125,8 +127,8 @@ class _Run:
     """One training run: module, optimizer, schedule and masks together."""
 
     def __init__(self, module: nn.Module, x: Tensor, y: Tensor, options: TrainOptions, masks: Mapping[str, Tensor],
-                 checkpoint: Path | None) -> None:
-        self.module, self.x, self.y, self.options, self.checkpoint = module, x, y, options, checkpoint
+                 checkpoint: Path | None, loss: SampleLoss) -> None:
+        self.module, self.x, self.y, self.options, self.checkpoint, self.loss = module, x, y, options, checkpoint, loss
         self.masks = masks
         self.steps = -(-len(x) // options.batch)
         self.optimizer = _optimizer(module, options)
@@ -155,7 +157,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.lr * _factor(self.options.schedule, step / (self.options.epochs * self.steps))
         self.optimizer.zero_grad()
-        loss = sample_losses(self.module(x), y).mean()
+        loss = self.loss(self.module(x), y).mean()
         if not bool(loss.isfinite()):
             raise DataError(f"the training loss is {loss.item()} at step {step}; lower lr, or check the data")
         (loss + self.options.l1 * sum((w.abs().sum() for w in self.penalised), loss.new_zeros(()))).backward()

@@ -1,0 +1,98 @@
+"""The protocol around the methods: registry, ties, losses, per-sample gradients."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from exactprune import pruners
+from exactprune.errors import OptionError
+
+
+def test_every_method_says_where_it_comes_from():
+    for name, cls in pruners.methods().items():
+        assert cls.name == name and cls.reference and cls.when and cls.prunes in ("weights", "neurons", "blocks")
+        assert __import__(cls.__module__, fromlist=["x"]).__doc__
+
+
+def test_own_method_and_unknown_ones(mlp):
+    @pruners.register
+    class Largest(pruners.ScorePruner[pruners.ScoreOptions]):
+        name = "largest-first"
+        reference = "nobody"
+        data = "none"
+        Options = pruners.ScoreOptions
+
+        def score(self, problem):
+            return {n: -w.abs() for n, w in problem.weights.items()}
+
+    try:
+        masks = pruners.mask("largest_first", mlp, sparsity=0.5)
+        assert sum(int((~m).sum()) for m in masks.values()) == 46
+    finally:
+        pruners.registry._REGISTERED.pop("largest-first")
+    with pytest.raises(OptionError, match="did you mean 'magnitude'"):
+        pruners.mask("magnitud", mlp)
+    with pytest.raises(OptionError, match="exists already"):
+        pruners.register(type("Again", (Largest,), {"name": "magnitude"}))
+    with pytest.raises(OptionError, match="not a class"):
+        pruners.register(nn.Linear)  # type: ignore[arg-type]
+
+
+def test_ties_go_by_the_flat_index():
+    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.fill_(1.0)
+    masks = pruners.mask("magnitude", net, sparsity=5 / 8)
+    assert masks["0.weight"].sum() == 0 and masks["1.weight"].flatten().tolist() == [False, True, True, True]
+
+
+def test_nothing_prunable_and_other_losses(mlp, batch):
+    with pytest.raises(OptionError, match=r"no nn\.Linear"):
+        pruners.mask("magnitude", nn.Sequential(nn.BatchNorm1d(3)), sparsity=0.5)
+    double = pruners.score("snip", mlp, *batch, loss=lambda o, t: 2 * nn.functional.cross_entropy(o, t, reduction="none"))
+    for name, score in pruners.score("snip", mlp, *batch).items():
+        torch.testing.assert_close(double[name], score)
+
+
+def test_shared_weights_and_groups_have_right_sample_gradients():
+    """A layer used twice, and a grouped convolution, against autograd sample by sample."""
+    from exactprune.pruners.problem import Problem
+    from exactprune.pruners.taps import all_factors
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding="same", groups=2, padding_mode="reflect")
+            self.out = nn.Linear(64, 3)
+
+        def forward(self, x):
+            return self.out(torch.relu(self.conv(torch.tanh(self.conv(x)))).flatten(1))
+
+    torch.manual_seed(0)
+    net, x, y = Twice().double(), torch.rand(5, 4, 4, 4).double(), torch.randint(0, 3, (5,))
+    factors, = all_factors(Problem(net, x, y, batch=2))
+    for i in range(5):
+        loss = nn.functional.cross_entropy(net(x[i:i + 1]), y[i:i + 1])
+        for name, slope in zip(("conv.weight", "out.weight"), torch.autograd.grad(loss, [net.conv.weight, net.out.weight])):
+            f = factors[name]
+            torch.testing.assert_close(f.columns(0, f.size)[i], slope.flatten())
+            torch.testing.assert_close(f.columns(5, 19)[i], slope.flatten()[5:19])
+    for name, f in factors.items():
+        torch.testing.assert_close(f.squares(), f.columns(0, f.size).square().sum(0), msg=name)
+
+
+def test_every_method_is_known_without_any_other_import():
+    """Also the one that lives above the package, in a fresh interpreter and without installed metadata."""
+    code = ("import importlib.metadata as m; m.entry_points = lambda **_: ();"
+            "import sys; from exactprune import cli; import exactprune.pruners as p;"
+            "assert 'exactprune.pruning' not in sys.modules; assert 'scaling-up' in p.names();"
+            "from torch import nn; net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)); net[0].bias.data[0] = -9;"
+            "assert int((~p.mask('scaling_up', net)['0.weight']).sum()) == 2")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
