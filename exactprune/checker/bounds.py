@@ -24,7 +24,7 @@ from exactprune.checker.layers import (
     ReLU,
     interval,
     layers,
-    rounding_cost,
+    rounding_costs,
     support,
 )
 from exactprune.checker.layers import gather_constants as constants
@@ -116,6 +116,7 @@ class Bounds:
     def __post_init__(self) -> None:
         self.layers: list[Layer] = layers(self.network)
         self.layer_of = {node: k for k, node in enumerate(self.network.relus)}
+        self.before = {self.network.nodes[node].inputs[0]: k for node, k in self.layer_of.items()}
         self.ranges[INPUT] = (self.box[0][None], self.box[1][None])
         self.widest = max([int(np.prod(self.network.shape_of(i))) for i in range(INPUT, len(self.layers))], default=1)
 
@@ -208,12 +209,12 @@ class Bounds:
             v = pending.pop(position, None)
             if v is None:
                 continue
-            v, cost = self._tidy(v, position, exact)
             largest = np.maximum(largest, self._magnitude(v, position))
-            total = dyadic.add(total, cost) if cost else total
             if position == INPUT:
                 total = dyadic.add(total, support(v, region.interval(region.box, exact)))
                 break
+            v, cost = self._tidy(v, position, exact)
+            total = dyadic.add(total, cost) if cost else total
             w, constant = self._step(position, v, region, hints, exact)
             total = dyadic.add(total, constant) if constant else total
             for source in self.network.nodes[position].inputs:
@@ -244,7 +245,15 @@ class Bounds:
         if exact:
             return replace(v, values=v.values.astype(object)), None
         rounded, changed = dyadic.round_up(v, BITS)
-        return rounded, rounding_cost(changed, rounded.exponent, self.ranges[position][0]) if changed.any() else None
+        if not changed.any():
+            return rounded, None
+        lower = self.ranges[position][0].reshape(-1)
+        if position in self.before and self.before[position] < len(self.lower):
+            lower = np.maximum(lower, self.lower[self.before[position]])
+        if not (lower < 0).any():
+            return rounded, None
+        moved = rounded.values << dyadic.column(rounded.exponent - v.exponent, v.values) != v.values
+        return rounded, rounding_costs(moved.reshape(len(moved), -1), rounded.exponent, lower)
 
     def _step(self, position: int, v: Dyadic, region: Region, hints: Mapping[int, Multipliers],
               exact: bool) -> tuple[Dyadic, Dyadic | None]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -28,6 +28,7 @@ from exactprune.checker.network import CheckError, Network, Op, Shape
 
 BITS = 23  # of a row in coarse arithmetic: one limb after rounding up
 POINT = 30  # bits of an interval endpoint in coarse arithmetic
+WIDE = 31  # bits that a factor of such an endpoint may have
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +65,15 @@ def gather_constants(terms: Array, row_exponent: Array, exponent: Array) -> Dyad
 def support(v: Dyadic, box: Interval) -> Dyadic:
     """The maximum of every row's form over a box: sum over j of max(v_j * low_j, v_j * high_j).
 
-    Coarse rows have at most BITS + 1 bits and box ends POINT + 1: the products stay far below 2**62.
+    Products of box ends, which have at most POINT + 1 bits, with rows of at most WIDE bits stay below 2**62. Wider rows are
+    cut in two: v = above * 2**WIDE + below, and with e_j the end that the sign of v_j chooses, v . e is the sum of both.
     """
     values = v.values.reshape(len(v.values), -1)
+    if values.dtype != object and box.low.dtype != object and dyadic.width(values) > WIDE:
+        end = np.where(values >= 0, box.high, box.low)
+        above, below = values >> WIDE, values & ((1 << WIDE) - 1)
+        return dyadic.add(replace(gather_constants(above * end, v.exponent + WIDE, box.exponent), divisor=v.divisor),
+                          replace(gather_constants(below * end, v.exponent, box.exponent), divisor=v.divisor))
     terms = np.maximum(values * box.low, values * box.high)
     total = gather_constants(terms, v.exponent, box.exponent)
     return Dyadic(total.values, total.exponent, v.divisor)
@@ -77,6 +84,21 @@ def rounding_cost(changed: Array, exponent: Array, lower: Array) -> Dyadic:
     slack = np.nextafter(math.fsum(np.maximum(-lower, 0.0).flat), np.inf) if (lower < 0).any() else 0.0
     value, base = dyadic.exact_int(np.array([slack]))
     return Dyadic(changed.astype(object) * int(value[0]), exponent + base)
+
+
+def rounding_costs(changed: Array, exponent: Array, lower: Array) -> Dyadic | None:
+    """As ``rounding_cost``, with the entries that changed: a mask (rows, n); ``lower`` (n,). None if it costs nothing.
+
+    The slacks max(-lower, 0) are rounded up to integers of at most 53 - (bits of n) bits, so that their sums are exact in
+    float64 in any order.
+    """
+    slack = np.maximum(-lower, 0.0)
+    some = np.flatnonzero(slack)
+    if not len(some):
+        return None
+    grid = int(np.frexp(slack.max())[1]) - (52 - len(some).bit_length())
+    whole = dyadic.scale_up(slack[some], -grid).astype(np.float64)
+    return Dyadic((changed[:, some] @ whole).astype(np.int64).astype(object), exponent + grid)
 
 
 def _pad(x: Array, pads: Sequence[Sequence[int]], value: float) -> Array:
