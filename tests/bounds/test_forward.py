@@ -14,19 +14,7 @@ from exactprune.bounds.forward import Forward, certain_sign, exact_preactivation
 from exactprune.domain import Box, uniform
 from exactprune.errors import DomainError, ExactPruneError, OptionError, ShapeError
 from exactprune.network import INPUT, Network, Node, build
-from exactprune.ops import (
-    Add,
-    Affine,
-    AvgPool2d,
-    Conv2d,
-    MaxPool2d,
-    Op,
-    Pad,
-    ReLU,
-    Reshape,
-    Scale,
-    Transpose,
-)
+from exactprune.ops import Add, Affine, AvgPool2d, Conv2d, MaxPool2d, Op, Pad, ReLU, Reshape, Scale, Transpose
 
 
 def fractions(array: np.ndarray) -> np.ndarray:

@@ -13,19 +13,7 @@ import pytest
 from exactprune.claim import LayerVerdict, Status
 from exactprune.domain import Box
 from exactprune.network import INPUT, Network, Node, build
-from exactprune.ops import (
-    Add,
-    Affine,
-    AvgPool2d,
-    Conv2d,
-    MaxPool2d,
-    Op,
-    Pad,
-    ReLU,
-    Reshape,
-    Scale,
-    Transpose,
-)
+from exactprune.ops import Add, Affine, AvgPool2d, Conv2d, MaxPool2d, Op, Pad, ReLU, Reshape, Scale, Transpose
 
 _fraction = np.frompyfunc(lambda v: Fraction(float(v)), 1, 1)
 

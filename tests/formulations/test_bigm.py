@@ -22,19 +22,7 @@ from exactprune.formulations.bigm import BigM, build
 from exactprune.formulations.lowering import windows
 from exactprune.network import INPUT, Network, Node
 from exactprune.network import build as build_network
-from exactprune.ops import (
-    Add,
-    Affine,
-    AvgPool2d,
-    Conv2d,
-    MaxPool2d,
-    Op,
-    Pad,
-    ReLU,
-    Reshape,
-    Scale,
-    Transpose,
-)
+from exactprune.ops import Add, Affine, AvgPool2d, Conv2d, MaxPool2d, Op, Pad, ReLU, Reshape, Scale, Transpose
 
 
 def sampled_bounds(network: Network, box: Box, margin: float, rng: np.random.Generator) -> tuple[list, list]:

@@ -9,20 +9,7 @@ import pytest
 
 from exactprune.errors import UnsupportedOpError
 from exactprune.formulations.lowering import OUTSIDE, is_linear, lower, windows
-from exactprune.ops import (
-    Add,
-    Affine,
-    AvgPool2d,
-    Conv2d,
-    MaxPool2d,
-    Op,
-    Pad,
-    ReLU,
-    Reshape,
-    Scale,
-    Shape,
-    Transpose,
-)
+from exactprune.ops import Add, Affine, AvgPool2d, Conv2d, MaxPool2d, Op, Pad, ReLU, Reshape, Scale, Shape, Transpose
 
 RNG = np.random.default_rng(0)
 
