@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from exactprune.errors import OptionError
 from exactprune.formulations.nisp import LayerCost
+from exactprune.pruners.problem import used_once
 
 LAYERS = (nn.Linear, nn.Conv2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -58,6 +59,9 @@ def chain_of(module: nn.Module) -> Chain:
     if not isinstance(module, nn.Sequential):
         raise OptionError(f"removing neurons needs an nn.Sequential (or a network that is a chain), not "
                           f"{type(module).__name__}; choose a method that prunes weights")
+    if not used_once(module):
+        raise OptionError("a layer or a parameter stands in two places of this network, so its neurons cannot be removed in one; "
+                          "give every layer its own weights")
     chain = Chain(tuple(_parts(module, "")))
     for name, part in chain.parts:
         known = isinstance(part, (*LAYERS, *NORMS, *SHAPING, *POOLS, nn.ReLU))

@@ -6,9 +6,9 @@
   Written as a sum over the columns s_c of a square root of S: one backward pass per output.
 - ``fisher``: the empirical Fisher matrix, the mean over samples of g g^T.
 
-In a network made of layers that are linear in their weights and activations that are piecewise linear, each output is
-piecewise linear in any single weight, so the diagonals of the Hessian and of the Gauss-Newton matrix are the same almost
-everywhere. For other networks, Linear layers applied once per sample have d2L/dw_ok^2 = sum_n a_k^2 d2L/dz_o^2: one
+In a network made of layers that are linear in their weights, each used once, and activations that are piecewise linear, each
+output is piecewise linear in any single weight, so the diagonals of the Hessian and of the Gauss-Newton matrix are the same
+almost everywhere. For other networks, Linear layers applied once per sample have d2L/dw_ok^2 = sum_n a_k^2 d2L/dz_o^2: one
 Hessian-vector product per output neuron; elsewhere (convolutions under a smooth activation) one per weight.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from exactprune.errors import OptionError
 from exactprune.pruners.gradients import batches, derivative, parameters
-from exactprune.pruners.problem import Problem, layers_of
+from exactprune.pruners.problem import Problem, owners_of, used_once
 from exactprune.pruners.protocol import finite
 from exactprune.pruners.selection import flatten
 from exactprune.pruners.taps import Factors, Objective, all_factors, sample_factors
@@ -126,8 +126,11 @@ def _root(matrix: Tensor) -> Tensor:
 
 
 def is_piecewise_linear(module: nn.Module) -> bool:
-    """Whether all parts are, by exact type, layers whose composition is piecewise linear in each single weight."""
-    return all(type(part) in PIECEWISE_LINEAR for part in module.modules())
+    """Whether all parts are, by exact type, layers whose composition is piecewise linear in each single weight.
+
+    That asks that no weight is used twice: no layer stands in two places, and no two layers share a parameter.
+    """
+    return used_once(module) and all(type(part) in PIECEWISE_LINEAR for part in module.modules())
 
 
 # -- exact Hessians ----------------------------------------------------------------------------------------------------
@@ -157,19 +160,20 @@ def _check_products(products: int) -> None:
 
 
 def _calls(problem: Problem, name: str, x: Tensor, enable: bool) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Output and the layer's (input, pre-activation) pairs of a forward pass."""
+    """Output and the (input, pre-activation) pairs of every use of a weight in a forward pass."""
     found: list[tuple[Tensor, Tensor]] = []
 
     def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         found.append((inputs[0].detach(), output))
         return output.clone()
 
-    handle = layers_of(problem.model)[name].register_forward_hook(record)
+    handles = [layer.register_forward_hook(record) for layer in owners_of(problem.model)[name]]
     try:
         with torch.set_grad_enabled(enable):
             return problem.model(x), found
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _single_call(problem: Problem, name: str, x: Tensor) -> bool:

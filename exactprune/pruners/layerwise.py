@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from exactprune.pruners.problem import Problem, layers_of
+from exactprune.pruners.problem import Problem, owners_of
 from exactprune.pruners.protocol import Plan, Pruner, finite
 from exactprune.pruners.selection import count
 from exactprune.pruners.taps import patches
@@ -30,18 +30,18 @@ def input_moments(problem: Problem) -> dict[str, Tensor]:
     Raises:
         DataError: there are no inputs, or a layer's inputs are not finite.
     """
-    layers = layers_of(problem.model)
+    owners = owners_of(problem.model)
     total: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
-        def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            a = patches(layers[name], inputs[0].detach())
+        def record(layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            a = patches(layer, inputs[0].detach())
             total[name] = total.get(name, torch.zeros((), dtype=a.dtype, device=a.device)) + \
                 torch.einsum("ngkl,ngjl->gkj", a, a)
 
         return record
 
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(hook(name)) for name, layers in owners.items() for layer in layers]
     try:
         with torch.no_grad():
             for x in problem.inputs.split(problem.batch):
@@ -50,7 +50,7 @@ def input_moments(problem: Problem) -> dict[str, Tensor]:
         for handle in handles:
             handle.remove()
     problem.cost.samples = len(problem.inputs)
-    for name in layers:
+    for name in owners:
         if name not in total:
             size = problem.shapes[name][1:].numel()
             total[name] = torch.zeros(1, size, size, dtype=problem.dtype, device=problem.device)

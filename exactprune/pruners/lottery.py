@@ -4,24 +4,26 @@ J. Frankle, M. Carbin, "The lottery ticket hypothesis: finding sparse, trainable
 to an early step k instead of the start: J. Frankle, G. Dziugaite, D. Roy, M. Carbin, "Linear mode connectivity and the
 lottery ticket hypothesis", ICML 2020. Round i removes ``rate`` of the weights that remain (the last round whatever
 is missing to the exact number), by abs(w) after training; every parameter then goes back to its value after k steps of the
-first training, removed weights stay zero, and so do the optimizer's averages of them.
+first training, removed weights stay zero, and so do the optimizer's averages of them. Training goes on from step k: its batches,
+its learning rates.
 
-Choices left open: all layers are ranked together (``scope``); the optimizer starts afresh every round; the plan's
-values are the ticket trained once more, or the ticket itself (``finish`` = ticket).
+Choices left open: all layers are ranked together (``scope``); the optimizer's averages start afresh every round; the
+plan's values are the ticket trained once more, or the ticket itself (``finish`` = ticket).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from exactprune.errors import OptionError
 from exactprune.pruners.problem import Problem, Progress, layers_of
 from exactprune.pruners.protocol import Plan, Pruner, no_score, require
 from exactprune.pruners.selection import Scope, count, drop_lowest
-from exactprune.training import TrainOptions, train
+from exactprune.training import Trained, TrainOptions, train
 
 
 @dataclass(frozen=True)
@@ -65,23 +67,32 @@ class Lottery(Pruner[LotteryOptions]):
         options, (x, y) = self.options, training_data(problem)
         count(sparsity, problem.size)
         masks = dict(problem.previous or everything(problem))
-        module, start, shares = problem.module, None, self.schedule(sparsity)
-        finish = options.finish == "trained"
-        for i, share in enumerate(shares):
-            progress = one_of(problem.progress, i, len(shares) + finish)
-            trained = train(module, x, y, options, masks=masks, snapshots=(options.rewind,), progress=progress,
-                            loss=problem.loss)
-            problem.cost.gradients += options.epochs * len(x)
-            start = start or trained.snapshots.get(options.rewind) or dict(trained.module.state_dict())
-            weights = {name: layer.weight.detach() for name, layer in layers_of(trained.module).items()}
+        module, shares = problem.module, self.schedule(sparsity)
+        first = {"snapshots": (options.rewind,)}
+        trainings = len(shares) + (options.finish == "trained")
+
+        def trained(place: int, **more: Any) -> Trained:
+            """One training, from the start or from the step rewound to."""
+            problem.cost.gradients += options.epochs * len(x) - more.get("start", 0) * options.batch
+            return train(module, x, y, options, masks=masks, loss=problem.loss,
+                         progress=one_of(problem.progress, place, trainings), **more)
+
+        ticket: dict[str, Tensor] = {}
+        for place, share in enumerate(shares):
+            result = trained(place, **({"start": options.rewind} if ticket else first))
+            ticket = ticket or self._rewound(result)
+            weights = {name: layer.weight.detach() for name, layer in layers_of(result.module).items()}
             masks = next_masks(weights, masks, share, options.scope)
-            module = trained.module
-            module.load_state_dict(start)
-        if finish:
-            progress = one_of(problem.progress, len(shares), len(shares) + 1)
-            module = train(module, x, y, options, masks=masks, progress=progress, loss=problem.loss).module
-            problem.cost.gradients += options.epochs * len(x)
+            module = result.module
+            module.load_state_dict(ticket)
+        if options.finish == "trained":
+            module = trained(len(shares), start=options.rewind).module
         return Plan(masks, {n: v.detach() for n, v in module.state_dict().items() if v.is_floating_point()})
+
+    def _rewound(self, result: Trained) -> dict[str, Tensor]:
+        if self.options.rewind not in result.snapshots:
+            raise OptionError(f"option rewind is {self.options.rewind}; a training has {result.steps} steps: give at most that")
+        return result.snapshots[self.options.rewind]
 
     def schedule(self, sparsity: float) -> list[float]:
         """Sparsity after every round."""

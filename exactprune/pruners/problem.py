@@ -177,10 +177,25 @@ class Problem:
         return chosen(output, target)
 
 
-def layers_of(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Prunable parameter name -> layer, each parameter once, in the order of ``named_parameters``."""
-    found = {id(layer.weight): layer for layer in module.modules() if isinstance(layer, PRUNABLE)}
+def owners_of(module: nn.Module) -> dict[str, list[nn.Linear | nn.Conv2d]]:
+    """Prunable parameter name -> every layer that uses it, each parameter once, in the order of ``named_parameters``."""
+    found: dict[int, list[nn.Linear | nn.Conv2d]] = {}
+    for layer in module.modules():
+        if isinstance(layer, PRUNABLE):
+            found.setdefault(id(layer.weight), []).append(layer)
     return {name: found[id(p)] for name, p in module.named_parameters() if id(p) in found}
+
+
+def layers_of(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Prunable parameter name -> the first layer that uses it."""
+    return {name: owners[0] for name, owners in owners_of(module).items()}
+
+
+def used_once(module: nn.Module) -> bool:
+    """Whether no module stands in two places and no two modules share a parameter."""
+    places = [part for _, part in module.named_modules(remove_duplicate=False)]
+    owned = [p for part in places for p in part.parameters(recurse=False)]
+    return len(owned) == len({id(p) for p in owned})
 
 
 def working_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -4,7 +4,7 @@ A layer computes z = W a at one position (Linear) or several (Linear on sequence
 objective is the sum over positions of g a^T, with a the layer's input there and g the objective's gradient at z. One
 backward pass over a batch gives a and g of every sample: samples are independent in evaluation mode. Nothing of the size
 (samples x weights) is formed unless asked for, and then only the columns asked for. A layer that is called several
-times, or shared, adds positions.
+times, or shares its weight with another, adds positions.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from exactprune.errors import DataError, OptionError
 from exactprune.pruners.gradients import batches
-from exactprune.pruners.problem import Problem, layers_of
+from exactprune.pruners.problem import Problem, owners_of
 
+Calls = dict[str, list[tuple[nn.Linear | nn.Conv2d, Tensor, Tensor]]]  # name -> (layer, input, output) of every call
 Objective = Callable[[Tensor, Tensor], list[Tensor]]  # (outputs, targets) -> scalars, each a sum over samples
 
 
@@ -84,16 +85,15 @@ def sample_factors(problem: Problem, objective: Objective | None = None) -> Iter
         OptionError: the module's first axis is not the batch, or a layer's forward is never called.
     """
     objective = objective or (lambda output, target: [problem.losses(output, target).sum()])
-    layers = layers_of(problem.model)
     for x, y in batches(problem):
-        with _recording(layers) as calls:
+        with _recording(problem.model) as calls:
             goals = objective(problem.model(x), y)
         _check_calls(calls, len(x))
-        outputs = [out for found in calls.values() for _, out in found]
+        outputs = [out for found in calls.values() for _, _, out in found]
         results = []
         for i, goal in enumerate(goals):
             slopes = iter(torch.autograd.grad(goal, outputs, retain_graph=i + 1 < len(goals), allow_unused=True))
-            results.append({name: _factors(name, layers[name], [(a, _or_zero(next(slopes), z)) for a, z in found])
+            results.append({name: _factors(name, [(layer, a, _or_zero(next(slopes), z)) for layer, a, z in found])
                             for name, found in calls.items()})
             problem.cost.gradients += len(x)
         yield results
@@ -115,17 +115,18 @@ def first_samples(problem: Problem, samples: int) -> Problem:
 
 
 @contextmanager
-def _recording(layers: dict[str, nn.Linear | nn.Conv2d]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+def _recording(model: nn.Module) -> Iterator[Calls]:
+    owners = owners_of(model)
+    calls: Calls = {name: [] for name in owners}
 
     def hook(name: str) -> Callable[..., Tensor]:
-        def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            calls[name].append((inputs[0].detach(), output))
+        def record(layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            calls[name].append((layer, inputs[0].detach(), output))
             return output.clone()  # an in-place activation then changes the clone
 
         return record
 
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(hook(name)) for name, layers in owners.items() for layer in layers]
     try:
         yield calls
     finally:
@@ -133,12 +134,12 @@ def _recording(layers: dict[str, nn.Linear | nn.Conv2d]) -> Iterator[dict[str, l
             handle.remove()
 
 
-def _check_calls(calls: dict[str, list[tuple[Tensor, Tensor]]], samples: int) -> None:
+def _check_calls(calls: Calls, samples: int) -> None:
     for name, found in calls.items():
         if not found:
             raise OptionError(f"parameter '{name}': its layer is never called in the forward pass, so it has no "
                               "per-sample gradients; choose a method without them, such as magnitude or snip")
-        for a, z in found:
+        for _, a, z in found:
             if a.shape[0] != samples or z.shape[0] != samples:
                 raise OptionError(f"parameter '{name}': its layer reads {tuple(a.shape)} for a batch of {samples}; "
                                   "per-sample gradients need the batch as first axis everywhere")
@@ -148,8 +149,8 @@ def _or_zero(slope: Tensor | None, output: Tensor) -> Tensor:
     return torch.zeros_like(output) if slope is None else slope
 
 
-def _factors(name: str, layer: nn.Linear | nn.Conv2d, calls: list[tuple[Tensor, Tensor]]) -> Factors:
-    parts = [(patches(layer, a), _positions(layer, g)) for a, g in calls]
+def _factors(name: str, calls: list[tuple[nn.Linear | nn.Conv2d, Tensor, Tensor]]) -> Factors:
+    parts = [(patches(layer, a), _positions(layer, g)) for layer, a, g in calls]
     factors = Factors(torch.cat([a for a, _ in parts], 3), torch.cat([g for _, g in parts], 3))
     if not bool(factors.g.isfinite().all()):
         bad = int((~factors.g.isfinite()).flatten(1).any(1).sum())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exactprune.errors import DataError, UnsupportedOpError
+from exactprune.errors import DataError, OptionError, UnsupportedOpError
 from exactprune.io import load, to_torch
 from exactprune.io.torch_export import to_sequential
 from exactprune.network import Network
@@ -67,6 +67,8 @@ def prune(model: Network | nn.Module, method: str | Pruner[Any] = "magnitude", s
         DataError: data are missing or empty, or give gradients that are not finite.
     """
     module = as_module(model) if isinstance(model, Network) else model
+    if options and not isinstance(method, str):
+        raise OptionError(f"option {next(iter(options))!r}: {method.name} has its options already; give them to its class")
     pruner = make(method, **options) if isinstance(method, str) else method
     x, y = samples(data, module, model.input_shape if isinstance(model, Network) else None)
     problem = Problem(module, x, y, loss, progress=progress)

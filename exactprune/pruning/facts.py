@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exactprune.pruners.problem import Cost, layers_of
+from exactprune.pruners.problem import Cost, owners_of
 
 _INTERVAL = 0.005
 
@@ -114,16 +114,16 @@ def densities(module: nn.Module, masks: Mapping[str, Tensor], sample: Tensor | N
 
 def layer_positions(module: nn.Module, sample: Tensor) -> dict[str, int]:
     """How often each weight is multiplied for one input (1 for Linear on vectors), parameter name -> positions."""
-    layers = layers_of(module)
-    found = dict.fromkeys(layers, 0)
+    owners = owners_of(module)
+    found = dict.fromkeys(owners, 0)
 
     def hook(name: str) -> Any:
-        def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            found[name] += output[0].numel() // layers[name].weight.shape[0]
+        def record(layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            found[name] += output[0].numel() // layer.weight.shape[0]
 
         return record
 
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(hook(name)) for name, layers in owners.items() for layer in layers]
     was = module.training
     try:
         with torch.no_grad():

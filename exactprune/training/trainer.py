@@ -88,7 +88,8 @@ class Trained:
 def train(module: nn.Module, x: Tensor, y: Tensor, options: TrainOptions | None = None, *,
           masks: Mapping[str, Tensor] | None = None, snapshots: Sequence[int] = (), after_step: AfterStep | None = None,
           checkpoint: Path | None = None, resume: bool = False,
-          progress: Callable[[int, int], None] | None = None, loss: SampleLoss | None = None) -> Trained:
+          progress: Callable[[int, int], None] | None = None, loss: SampleLoss | None = None,
+          start: int = 0) -> Trained:
     """Train a copy of ``module`` by cross entropy (integer targets) or half the squared error (float targets).
 
     Args:
@@ -103,6 +104,7 @@ def train(module: nn.Module, x: Tensor, y: Tensor, options: TrainOptions | None 
         resume: start from ``checkpoint`` where it exists.
         progress: called with (steps done, steps in all).
         loss: maps (outputs, targets) to one loss per sample, if neither fits.
+        start: step to begin at, with its batches and its learning rate: ``module`` is the state after so many steps.
 
     Raises:
         DataError: there are no samples, or the loss is NaN or infinite.
@@ -112,14 +114,17 @@ def train(module: nn.Module, x: Tensor, y: Tensor, options: TrainOptions | None 
     if len(x) == 0 or len(x) != len(y):
         raise DataError(f"training data: x has {len(x)} samples and y has {len(y)}; give one target for each, at least one")
     run = _Run(copy.deepcopy(module).train(), x, y, options, masks or {}, checkpoint, loss or sample_losses)
+    steps = options.epochs * run.steps
+    if not 0 <= start <= steps:
+        raise OptionError(f"training from step {start}: there are {steps} ({options.epochs} epochs of {run.steps}); give a "
+                          "smaller step or more epochs")
     begin = time.perf_counter()
     done, losses, state = run.restore() if resume else (0, [], None)
     kept = {0: _state(run.module)} if 0 in snapshots else {}
     with _repeatable(options, x.device, state):
-        for epoch in range(done, options.epochs):
-            losses.append(run.epoch(epoch, snapshots, kept, after_step, progress))
+        for epoch in range(max(done, start // run.steps), options.epochs):
+            losses.append(run.epoch(epoch, start, snapshots, kept, after_step, progress))
             run.store(epoch + 1, losses)
-    steps = options.epochs * run.steps
     return Trained(run.module.eval(), tuple(losses), kept, steps, time.perf_counter() - begin)
 
 
@@ -137,21 +142,22 @@ class _Run:
         _check_masks(masks, self.parameters)
         self._hold()
 
-    def epoch(self, epoch: int, snapshots: Sequence[int], kept: dict[int, dict[str, Tensor]],
+    def epoch(self, epoch: int, start: int, snapshots: Sequence[int], kept: dict[int, dict[str, Tensor]],
               after_step: AfterStep | None, progress: Callable[[int, int], None] | None) -> float:
-        """One pass; the mean loss."""
+        """One pass, but for the steps before ``start``; the mean loss."""
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(_mixed(self.options.seed, epoch)))
-        total = 0.0
-        for i, batch in enumerate(order.split(self.options.batch)):
-            step = epoch * self.steps + i
-            total += self._step(step, self.x[batch], self.y[batch]) * len(batch)
+        total, seen = 0.0, 0
+        for step, batch in enumerate(order.split(self.options.batch), epoch * self.steps):
+            if step < start:
+                continue
+            total, seen = total + self._step(step, self.x[batch], self.y[batch]) * len(batch), seen + len(batch)
             if after_step is not None:
                 after_step(step + 1, self.module, self.optimizer)
             if step + 1 in snapshots:
                 kept[step + 1] = _state(self.module)
             if progress is not None:
                 progress(step + 1, self.options.epochs * self.steps)
-        return total / len(self.x)
+        return total / seen
 
     def _step(self, step: int, x: Tensor, y: Tensor) -> float:
         for group in self.optimizer.param_groups:

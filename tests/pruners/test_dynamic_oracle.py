@@ -16,6 +16,7 @@ from exactprune.formulations.nisp import LayerCost, total_cost
 from exactprune.pruners import chains, deep_r, dsr, dynamic, epsilon_resnet, inf_fs, lottery, nisp
 from exactprune.pruners import set as set_
 from exactprune.pruners.problem import Problem
+from exactprune.training import TrainOptions, train
 
 
 def test_lottery_rounds(oracle):
@@ -37,6 +38,17 @@ def test_lottery_schedule():
     rounds = lottery.Lottery().schedule(0.9)
     assert len(rounds) == 11 and rounds[-1] == 0.9
     np.testing.assert_allclose(rounds[:3], [0.2, 0.36, 0.488])
+
+
+def test_lottery_rewinds_to_the_step(mlp, batch):
+    """The ticket is the first training's state after k steps, masked; a step that is never reached is an error."""
+    options = {"epochs": 2, "batch": 10, "rate": 0.5, "rewind": 3, "finish": "ticket"}
+    plan = pruners.plan("lottery", mlp, *batch, 0.6, **options)
+    state = train(mlp, *batch, TrainOptions(epochs=2, batch=10), snapshots=(3,)).snapshots[3]
+    for name, value in plan.values.items():
+        torch.testing.assert_close(value * plan.masks.get(name, 1), state[name] * plan.masks.get(name, 1), rtol=0, atol=0)
+    with pytest.raises(OptionError, match="8 steps"):
+        pruners.plan("lottery", mlp, *batch, 0.6, **options | {"rewind": 9})
 
 
 @pytest.mark.parametrize("layer", (0, 2))
@@ -198,6 +210,9 @@ def test_nisp_refuses_other_structures(batch):
 
     with pytest.raises(OptionError, match=r"nn\.Sequential"):
         pruners.mask("nisp", Other(), batch[0], sparsity=0.5)
+    layer = nn.Linear(6, 6)
+    with pytest.raises(OptionError, match="two places"):
+        pruners.mask("nisp", nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(6, 3)), batch[0], sparsity=0.5)
 
 
 def test_spearman_is_scipys():

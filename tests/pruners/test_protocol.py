@@ -61,7 +61,7 @@ def test_nothing_prunable_and_other_losses(mlp, batch):
 
 
 def test_shared_weights_and_groups_have_right_sample_gradients():
-    """A layer used twice, and a grouped convolution, against autograd sample by sample."""
+    """A layer used twice, a weight shared by two layers, and a grouped convolution, against autograd sample by sample."""
     from exactprune.pruners.problem import Problem
     from exactprune.pruners.taps import all_factors
 
@@ -69,10 +69,12 @@ def test_shared_weights_and_groups_have_right_sample_gradients():
         def __init__(self):
             super().__init__()
             self.conv = nn.Conv2d(4, 4, 3, padding="same", groups=2, padding_mode="reflect")
+            self.again = nn.Conv2d(4, 4, 3, padding="same", groups=2)
+            self.again.weight = self.conv.weight
             self.out = nn.Linear(64, 3)
 
         def forward(self, x):
-            return self.out(torch.relu(self.conv(torch.tanh(self.conv(x)))).flatten(1))
+            return self.out(torch.relu(self.again(torch.tanh(self.conv(torch.tanh(self.conv(x)))))).flatten(1))
 
     torch.manual_seed(0)
     net, x, y = Twice().double(), torch.rand(5, 4, 4, 4).double(), torch.randint(0, 3, (5,))

@@ -69,7 +69,7 @@ def test_momentum_never_revives_a_mask(net, data, optimizer):
         if step == 3:
             mask["0.weight"][:4] = False
         if step > 3:
-            seen.append(float(module[0].weight[:4].abs().max()))
+            seen.append(module[0].weight[:4].abs().max().item())
             for memory in optimiser.state[module[0].weight].values():
                 if torch.is_tensor(memory) and memory.dim() == 2:
                     assert (memory[:4] == 0).all()
@@ -103,6 +103,19 @@ def test_snapshots_are_what_a_shorter_run_gives(net, data):
     assert all(torch.equal(v, net.state_dict()[n]) for n, v in trained.snapshots[0].items())
     short = train(net, *data, TrainOptions(epochs=1, batch=20, schedule="constant"))
     assert all(torch.equal(v, short.module.state_dict()[n]) for n, v in trained.snapshots[3].items())
+
+
+def test_starting_at_a_step_is_the_rest_of_the_run(data):
+    """Without momentum a run is its state: batches and learning rates go on from there."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    options = TrainOptions(epochs=3, batch=20, momentum=0.0)
+    whole = train(net, *data, options, snapshots=(4,))
+    module = copy.deepcopy(net)
+    module.load_state_dict(whole.snapshots[4])
+    rest = train(module, *data, options, start=4)
+    assert same(whole.module, rest.module) and rest.losses[-1] == whole.losses[-1] and len(rest.losses) == 2
+    with pytest.raises(OptionError, match="from step 10"):
+        train(net, *data, options, start=10)
 
 
 def test_bad_input(net, data):
