@@ -117,19 +117,21 @@ def report(run: Path, /, *, output: Annotated[Path | None, Parameter(group=OUTPU
 
 @app.command
 def compare(study: Path, /, *, output: Annotated[Path, Parameter(name=["--output", "-o"], group=OUTPUT)],
+            fresh: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False,
             json: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False,
             quiet: Annotated[bool, Parameter(group=OUTPUT, negative="")] = False) -> int:
     """Compare lossless compression with pruning methods: accuracy, certified deviation, classes that can change.
 
     Args:
         study: TOML file with a table [compare], see docs/report.md.
-        output: Folder for comparison.html, .md, .json and .csv.
+        output: Folder for comparison.html, .md, .json and .csv; what an earlier run left there is not computed again.
+        fresh: Compute everything again, times included.
         json: Print what comparison.json holds as one JSON object on stdout, and nothing else there.
         quiet: Print nothing but errors.
     """
     from exactprune.cli.compare import run_compare
 
-    return run_compare(study, output, json, quiet)
+    return run_compare(study, output, json, quiet, fresh)
 
 
 @app.command
