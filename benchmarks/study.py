@@ -2,6 +2,7 @@
 
     python benchmarks/study.py                       # everything; cells that exist are read
     python benchmarks/study.py --only sweep,page     # parts: sweep, networks, compare, readme, page
+    python benchmarks/study.py --only compare:fashion_2x800    # one experiment of reports/study/compare
 
 Results go to reports/study/: index.md and index.html to read, CSV and JSON beside them, one JSON file a cell. Needs Debian's
 dataset-fashion-mnist; networks of the shared folder (EXACTPRUNE_SHARED) are left out, with a reason, where it is missing.
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 from _study_cells import OUT, ROOT, Cells, Facts
+from _study_compare import compare, experiments
 from _study_networks import network_cells
 from _study_page import networks_section, sweep_row, sweep_section, write, write_page
 from _study_sweep import SWEEPS, sweep_cells
@@ -35,12 +37,17 @@ COMMAND = "exactprune compress models/fashion_2x100.pt -o small.pt"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, comma separated")
-    wanted = parser.parse_args().only.split(",")
+    parts = [part.partition(":") for part in parser.parse_args().only.split(",")]
+    wanted = {name: one for name, _, one in parts}
     if unknown := set(wanted) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     torch.set_num_threads(1)
+    os.chdir(ROOT)
     if "sweep" in wanted:
         sweep_cells(Cells(OUT / "sweep"), load_data("fashion-mnist"))
+    if "compare" in wanted:
+        for folder in experiments(wanted["compare"]):
+            compare(folder)
     if "networks" in wanted:
         write_json(OUT / "networks.json", network_cells(Cells(OUT / "networks")))
     if "readme" in wanted:
