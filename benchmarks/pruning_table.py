@@ -133,7 +133,7 @@ def _percent(rows: list[dict[str, Any]], name: str) -> str:
 def run(given: argparse.Namespace, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Everything that is not recorded yet."""
     data, rows = load_data("fashion-mnist"), read_rows(given.out)
-    for seed in range(given.seeds):
+    for seed in range(given.first_seed, given.seeds):
         done = {(r["method"], r["sparsity"]) for r in rows if r["seed"] == seed}
         missing = [(n, s) for s in SPARSITIES for n in ENTRIES if (n, s) not in done]
         if not missing:
@@ -149,9 +149,16 @@ def run(given: argparse.Namespace, settings: dict[str, Any]) -> list[dict[str, A
     return rows
 
 
+def _place(key: tuple[int, str, float]) -> tuple[int, float, int]:
+    seed, name, sparsity = key
+    return seed, sparsity, ["dense", *ENTRIES].index(name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0, help="for a second process, with an --out of its own")
+    parser.add_argument("--join", type=Path, nargs="*", default=[], help="rows of other processes to add")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--finetune", type=int, default=1, help="epochs")
     parser.add_argument("--samples", type=int, default=1000)
@@ -162,7 +169,10 @@ def main() -> None:
     settings = {"network": "784-100-100-10, ReLU", "data": "fashion-mnist", "seeds": given.seeds, "samples": given.samples,
                 "dense": vars(TrainOptions(epochs=given.epochs)), "finetune": vars(tuning(given, 0)) | {"seed": "1000 + seed"},
                 "entries": {name: {"method": e.method, "options": e.options} for name, e in ENTRIES.items()}}
-    rows = read_rows(given.out) if given.write else run(given, settings)
+    if given.join:
+        rows = {(r["seed"], r["method"], r["sparsity"]): r for path in (given.out, *given.join) for r in read_rows(path)}
+        write(given.out, settings, [rows[key] for key in sorted(rows, key=_place)])
+    rows = read_rows(given.out) if given.write or given.join else run(given, settings)
     text = tables(rows)
     given.out.with_suffix(".md").write_text(text)
     if given.write:

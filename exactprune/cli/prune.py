@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, g
 
 from cyclopts import Group, Parameter
 
+from exactprune.cli.arguments import InputShape
 from exactprune.cli.progress import Progress, progress
 from exactprune.errors import DataError, LoadError, OptionError
 
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
     from exactprune.pruning import PruneResult
 
 PRUNE = Group("Pruning", sort_key=0)
+KNOWN: dict[str, tuple[Any, str]] = {
+    "method": (str, "a name"), "sparsity": ((int, float), "a number"), "keep": ((int, float), "a number"),
+    "data": (str, "a name or file"), "data_path": (str, "a folder"), "samples": (int, "a whole number"),
+    "structured": (bool, "true or false"), "input_shape": (list, "a list of whole numbers"),
+    "options": (dict, "a table [prune.options]"),
+}
 
 
 @Parameter(name="*", group=PRUNE)
@@ -41,6 +48,7 @@ class PruneFlags:
         finetune: Epochs of training afterwards with the masks kept.
         structured: Make the model physically smaller where whole neurons or channels died.
         config: TOML file with [prune], [prune.options] and [finetune].
+        input_shape: Input shape without batch axis, for example 1,28,28; needed where the model file does not say it.
     """
 
     method: str | None = None
@@ -53,6 +61,7 @@ class PruneFlags:
     finetune: int | None = None
     structured: Annotated[bool, Parameter(negative="")] = False
     config: Path | None = None
+    input_shape: InputShape = None
 
 
 def run_list(as_json: bool) -> int:
@@ -82,7 +91,7 @@ def run_prune(model: Path, out: Path | None, masks: Path | None, flags: PruneFla
         _check_place(path, what)
     from exactprune.io import load, save
 
-    network = load(model)
+    network = load(model, input_shape=settings.input_shape)
     with progress(as_json or quiet) as bars:
         result = _prune(network, settings, _bar(bars, settings.method))
     if out is not None:
@@ -111,21 +120,23 @@ class Settings:
     data_path: Path | None
     samples: int | None
     structured: bool
+    input_shape: tuple[int, ...] | None
     options: dict[str, Any]
     finetune: dict[str, Any] | None
 
 
 def _settings(flags: PruneFlags) -> Settings:
     prune, finetune = ({}, None) if flags.config is None else _read(flags.config)
-    given = {name: getattr(flags, name) for name in ("method", "sparsity", "keep", "data", "data_path", "samples")}
+    given = {name: getattr(flags, name) for name in KNOWN if hasattr(flags, name) and name != "structured"}
     prune = prune | {name: value for name, value in given.items() if value is not None}
     options = dict(prune.get("options", {})) | dict(_pair(text) for text in flags.option)
     if flags.finetune is not None:
         finetune = (finetune or {}) | {"epochs": flags.finetune}
     sparsity = _sparsity(flags.sparsity, flags.keep, prune)
-    path = prune.get("data_path")
+    path, shape = prune.get("data_path"), prune.get("input_shape")
     return Settings(prune.get("method", "magnitude"), sparsity, prune.get("data"), None if path is None else Path(path),
-                    prune.get("samples"), bool(flags.structured or prune.get("structured", False)), options, finetune)
+                    prune.get("samples"), bool(flags.structured or prune.get("structured", False)),
+                    None if shape is None else tuple(shape), options, finetune)
 
 
 def _sparsity(sparsity: float | None, keep: float | None, prune: dict[str, Any]) -> float:
@@ -147,10 +158,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
         if table not in ("prune", "finetune") or not isinstance(data[table], dict):
             raise OptionError(f"--config {path}: {table!r} is not one of the tables [prune] and [finetune]")
     prune = {name.replace("-", "_"): value for name, value in data.get("prune", {}).items()}
-    known = {"method", "sparsity", "keep", "data", "data_path", "samples", "structured", "options"}
-    for name in prune:
-        if name not in known:
-            raise OptionError(f"--config {path}, table [prune]: no key {name!r}; there are {', '.join(sorted(known))}")
+    for name, value in prune.items():
+        if name not in KNOWN:
+            raise OptionError(f"--config {path}, table [prune]: no key {name!r}; there are {', '.join(sorted(KNOWN))}")
+        kinds, words = KNOWN[name]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+            raise OptionError(f"--config {path}, table [prune]: {name} is {value!r}; give {words}")
     return prune, data.get("finetune")
 
 
@@ -163,6 +176,8 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _typed(cls: type, options: dict[str, Any], where: str) -> dict[str, Any]:
     """Texts turned into what the fields of ``cls`` are."""
+    from exactprune.pruners.protocol import check_types
+
     hints = get_type_hints(cls)
     known = [f.name for f in fields(cls)]
     typed = {}
@@ -170,6 +185,7 @@ def _typed(cls: type, options: dict[str, Any], where: str) -> dict[str, Any]:
         if name not in known:
             raise OptionError(f"{where} has no option {name!r}; it has {', '.join(known) or 'none'}")
         typed[name] = _convert(name, value, hints[name]) if isinstance(value, str) else value
+    check_types(cls, typed)
     return typed
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from exactprune.errors import OptionError
+from exactprune.io.torch_export import NetworkModule
 from exactprune.pruners.gradients import batches, derivative, parameters
 from exactprune.pruners.problem import Problem, owners_of, used_once
 from exactprune.pruners.protocol import finite
@@ -32,7 +33,7 @@ CURVATURES = ("hessian", "gauss-newton", "fisher")
 PIECEWISE_LINEAR = {
     nn.Sequential, nn.Linear, nn.Conv2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.Identity, nn.Dropout,
     nn.Flatten, nn.Unflatten, nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d, nn.ZeroPad2d,
+    nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.ModuleList,
 }
 MAX_PRODUCTS = 20_000
 
@@ -130,7 +131,12 @@ def is_piecewise_linear(module: nn.Module) -> bool:
 
     That asks that no weight is used twice: no layer stands in two places, and no two layers share a parameter.
     """
-    return used_once(module) and all(type(part) in PIECEWISE_LINEAR for part in module.modules())
+    return used_once(module) and all(type(part) in PIECEWISE_LINEAR or _of_a_network(part) for part in module.modules())
+
+
+def _of_a_network(part: nn.Module) -> bool:
+    """Whether ``part`` was built from a Network: its operations are all of this kind."""
+    return type(part).__module__ == NetworkModule.__module__
 
 
 # -- exact Hessians ----------------------------------------------------------------------------------------------------

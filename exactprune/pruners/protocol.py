@@ -11,7 +11,8 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from numbers import Integral, Real
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +139,32 @@ def make_options(cls: type[Pruner[Any]], given: Mapping[str, Any]) -> Any:
     unknown = [name for name in given if name not in known]
     if unknown:
         raise OptionError(f"method {cls.name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    check_types(cls.Options, given)
     return cls.Options(**given)
+
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+
+
+def check_types(cls: type, given: Mapping[str, Any]) -> None:
+    """Refuse values of another type than the fields of the dataclass ``cls`` have.
+
+    Raises:
+        OptionError: one is; a whole number passes for a number.
+    """
+    hints = get_type_hints(cls)
+    for name, value in given.items():
+        kinds = set(get_args(hints[name])) or {hints[name]}
+        kinds = {type(kind) for kind in kinds} if get_origin(hints[name]) is Literal else kinds
+        require(not kinds <= set(WORDS) or _fits(value, kinds), name, value, " or ".join(WORDS[kind] for kind in WORDS if kind in kinds))
+
+
+def _fits(value: object, kinds: set[type]) -> bool:
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, Integral):
+        return not kinds.isdisjoint({int, float})
+    return float in kinds if isinstance(value, Real) else isinstance(value, tuple(kinds))
 
 
 def require(holds: bool, name: str, value: object, words: str) -> None:

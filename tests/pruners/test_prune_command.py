@@ -64,9 +64,35 @@ def test_one_file_states_an_experiment(model, data, tmp_path, capsys):
     assert first["method"] == "obd" and first["removed"] == 18 and first["options"]["curvature"] == "fisher"
     assert run(["prune", str(model), "--config", str(config), "--sparsity", "0.5", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["removed"] == 36
-    config.write_text("[prune]\nmethd = 1\n")
-    assert run(["prune", str(model), "--config", str(config)]) == MISUSE
-    assert "no key 'methd'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, words", [
+    ("[prune]\nmethd = 1", "no key 'methd'"), ("[prune]\nsamples = 'x'", "samples is 'x'; give a whole number"),
+    ("[prune]\nsparsity = true", "give a number"), ("[prune]\noptions = 3", "give a table"),
+    ("[other]\n", "not one of the tables"),
+    ("[prune]\nmethod = 'random'\n[prune.options]\nseed = 1.5", "seed is 1.5; give a whole number"),
+    ("[prune]\nmethod = 'grasp'\n[prune.options]\ntemperature = true", "give a number"),
+    ("[prune]\nmethod = 'random'\n[prune.options]\nscope = 3", "give a word"), ("[prune]\ninput-shape = 6", "a list"),
+    ("[finetune]\nepochs = 1.5", "epochs is 1.5"), ("[finetune]\nlr = 'x'", "lr is 'x'"),
+    ("[finetune]\nno = 1", "no option 'no'"),
+])
+def test_wrong_config_is_one_line(model, data, tmp_path, capsys, text, words):
+    (tmp_path / "wrong.toml").write_text(text + "\n")
+    assert run(["prune", str(model), "--data", str(data), "--config", str(tmp_path / "wrong.toml")]) == MISUSE
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_convolutional_files_take_an_input_shape(tmp_path, capsys):
+    torch.save(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)), tmp_path / "conv.pt")
+    assert run(["prune", str(tmp_path / "conv.pt")]) == MISUSE
+    assert "--input-shape" in capsys.readouterr().err
+    arguments = ["prune", str(tmp_path / "conv.pt"), "--sparsity", "0.5", "--json"]
+    assert run([*arguments, "--input-shape", "1,4,4"]) == 0
+    (tmp_path / "shape.toml").write_text("[prune]\ninput_shape = [1, 4, 4]\n")
+    first = capsys.readouterr().out
+    assert run([*arguments, "--config", str(tmp_path / "shape.toml")]) == 0
+    assert json.loads(first)["macs_dense"] == json.loads(capsys.readouterr().out)["macs_dense"] == 88
 
 
 def test_list(capsys):
