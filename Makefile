@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: all test test-slow lint bench soundness models bench-models clean
+.PHONY: all test test-slow lint bench study figures soundness models bench-models clean
 all: lint test
 
 .venv/.installed: pyproject.toml
@@ -23,7 +23,13 @@ lint: .venv/.installed  ## style, types, one-way imports
 	$(BIN)/lint-imports
 
 bench: .venv/.installed  ## figures of docs/performance.md
-	for script in benchmarks/[!_]*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out benchmarks/study.py,$(wildcard benchmarks/[!_]*.py)); do $(BIN)/python $$script || exit 1; done
+
+study: .venv/.installed  ## reports/study: hours on one core; goes on where it stopped
+	$(BIN)/python benchmarks/study.py
+
+figures: .venv/.installed  ## put the figures of reports/ into README.md and docs/ (tests check that they agree)
+	$(BIN)/python docs/figures.py --write
 
 soundness: .venv/.installed  ## 20,000 random networks against exact rational evaluation
 	$(BIN)/python tests/soundness/hunt.py --networks 20000 --jobs 2

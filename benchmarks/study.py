@@ -23,10 +23,12 @@ from pathlib import Path
 
 import torch
 from _study_cells import OUT, ROOT, Cells, Facts
-from _study_compare import compare, experiments
+from _study_compare import compare, experiments, results
 from _study_networks import network_cells
-from _study_page import networks_section, sweep_row, sweep_section, write, write_page
+from _study_page import write, write_page
 from _study_sweep import SWEEPS, sweep_cells
+from _study_tables import compare_sections, networks_section, sweep_row, sweep_section
+from _study_words import findings
 
 from exactprune.training import load_data
 
@@ -61,8 +63,11 @@ def page() -> None:
     order = [s.name for s in SWEEPS]
     sweep = sorted((sweep_row(json.loads(file.read_text())) for file in (OUT / "sweep").glob("*.json")),
                    key=lambda row: (order.index(row["network"]), row["l1"], row["seed"]))
-    networks = json.loads((OUT / "networks.json").read_text())
-    write_page([sweep_section(sweep), networks_section(networks)], [])
+    file = OUT / "networks.json"
+    networks = json.loads(file.read_text()) if file.exists() else []
+    compared = results()
+    write_page([sweep_section(sweep), networks_section(networks), *compare_sections(compared)],
+               findings(sweep, networks, compared))
 
 
 def readme() -> None:
