@@ -20,9 +20,10 @@ from torch import Tensor
 
 from exactprune.bounds.fields import field as field_of
 from exactprune.bounds.fields import tiles
-from exactprune.bounds.interval import NodeBounds, pool_windows
+from exactprune.bounds.interval import NodeBounds, pool_choice
 from exactprune.bounds.program import FLOOR, TINY, Program
 from exactprune.bounds.relaxation import Relaxation, fused
+from exactprune.bounds.single import Columns, Constants, constants, first_columns
 from exactprune.network import INPUT
 from exactprune.ops import Add, MaxPool2d, ReLU
 
@@ -67,7 +68,7 @@ class Backward:
                  trace: Trace | None = None, extra: Mapping[int, Tensor] | None = None) -> None:
         self.program, self.known, self.relaxations, self.trace = program, known, relaxations, trace
         self.extra = extra or {}
-        self.layer_of = {position: k for k, position in enumerate(program.network.relus)}
+        self.layer_of = program.layer_of
 
     def run(self, start: int, v: Tensor, total: Tensor) -> Tensor:
         """Upper bound of v . output(start) + total, (groups, rows). ``v`` is overwritten unless there is a trace."""
@@ -188,19 +189,6 @@ class Backward:
         return total + _dot(plus, 2 * radius)
 
 
-def pool_choice(program: Program, position: int, x: NodeBounds) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For each window of a max pool: (input chosen, whether it is always the maximum, largest upper bound, magnitude)."""
-    finite = x.lower.clamp(min=torch.finfo(x.lower.dtype).min)  # so that no place in the padding ties with an input
-    low, up = pool_windows(program, position, finite), pool_windows(program, position, x.upper)
-    count = torch.arange(x.lower.shape[1], dtype=torch.float64, device=x.lower.device)
-    places = pool_windows(program, position, count[None], fill=-1.0)[0].long()
-    best = low.argmax(dim=-1, keepdim=True)
-    others = up.scatter(-1, best, -torch.inf).amax(dim=-1)
-    wins = low.gather(-1, best)[..., 0] >= others
-    chosen = places.expand(len(low), -1, -1).gather(-1, best)[..., 0]
-    return chosen, wins, up.amax(dim=-1), x.magnitude.gather(1, chosen)
-
-
 def start_rows(program: Program, layer: int, neurons: Tensor, known: Mapping[int, NodeBounds]) -> tuple[int, Tensor, Tensor]:
     """Where a pass for these neurons starts: (node, coefficients on it (rows, size), constant (rows,)), rounding included."""
     position = program.preactivation(layer)
@@ -220,7 +208,8 @@ def start_error(program: Program, layer: int, neurons: Tensor, known: Mapping[in
     bounds = known[program.preactivation(layer)]
     if bounds.error is None:
         return program.gamma * bounds.magnitude.amax(dim=0)[neurons] + FLOOR
-    return program.gamma * bounds.error.reshape(-1, bounds.error.shape[-1])[0][neurons] + FLOOR
+    error = bounds.error if bounds.error.dim() == 1 else bounds.error.reshape(-1, bounds.error.shape[-1])[0]
+    return error.index_select(0, neurons).mul_(program.gamma).add_(FLOOR)
 
 
 def crown_rows(program: Program, layer: int, neurons: Tensor, known: Mapping[int, NodeBounds],
@@ -242,6 +231,8 @@ def crown_rows(program: Program, layer: int, neurons: Tensor, known: Mapping[int
         (lower, upper), each (groups, len(neurons)); infinite where the arithmetic failed.
     """
     groups = len(known[INPUT].lower)
+    if groups == 1 and sensitivity is None and neurons.numel():
+        return _one_box(program, layer, neurons, known, relaxations, memory)
     bounds = torch.full((2, groups, len(neurons)), torch.inf, dtype=torch.float64, device=program.device)
     if sensitivity is not None:
         sensitivity.append(bounds.new_zeros(groups, len(neurons), program.size(INPUT)))
@@ -258,6 +249,36 @@ def crown_rows(program: Program, layer: int, neurons: Tensor, known: Mapping[int
                 places = seen.kept.get(INPUT) if seen is not None else None
                 _put_sizes(sensitivity[-1], tile[part], places, trace.at_input)
     return -bounds[1], bounds[0]
+
+
+def _one_box(program: Program, layer: int, neurons: Tensor, known: Mapping[int, NodeBounds],
+             relaxations: Mapping[int, Relaxation], memory: int) -> tuple[Tensor, Tensor]:
+    """``crown_rows`` by ``single.Columns``."""
+    given, parts, order = constants(program, layer, known, relaxations), [], []
+    for tile, window in tiles(program, layer, neurons):
+        seen = field_of(program, layer, window)
+        order.append(tile)
+        where, cut, local = program, given, neurons
+        if seen is not None:
+            where, cut, local = seen.program, given.within(seen), seen.local(neurons.index_select(0, tile))
+        parts += [_columns_part(where, cut, layer, part) for part in local.split(_step(where, layer, 1, memory))]
+    bounds = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if len(order) > 1:
+        bounds = torch.empty_like(bounds).index_copy_(1, torch.cat(order), bounds)
+    bounds = bounds.add_(start_error(program, layer, neurons, known))
+    bounds = bounds.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
+    return -bounds[1:], bounds[:1]
+
+
+def _columns_part(program: Program, given: Constants, layer: int, neurons: Tensor) -> Tensor:
+    """(2, rows): upper bounds of z_hat, and of minus z_hat."""
+    position = program.preactivation(layer)
+    mapping = program.maps[position] if position != INPUT else None
+    v = first_columns(mapping, program.size(position), neurons)
+    bias = None if mapping is None else mapping.bias
+    constant = v.new_zeros(len(neurons)) if bias is None else bias.index_select(0, neurons)
+    start = position if mapping is None else program.network.nodes[position].inputs[0]
+    return Columns(program, given).run(start, v, constant).view(2, -1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -274,5 +274,5 @@ def relax_delta(program: Program, dz: NodeBounds, matched: Tensor, active: Tenso
     intercept, under = (torch.where(moving, t, torch.zeros_like(t)) for t in (intercept, under * matched))
     error = (program.gamma * (dz.magnitude + intercept + under) * (1 + 1e-6) + TINY) * ~inactive
     error = torch.where(matched | (dz.upper > 0), error, torch.zeros_like(error))
-    return Relaxation(below, slope - below, intercept + under + 2 * error, under + error, intercept)
+    return Relaxation(torch.stack([below, slope - below, intercept + under + 2 * error, under + error, intercept]))
 

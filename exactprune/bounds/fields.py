@@ -63,10 +63,7 @@ class Field:
         if given.weight is not None:  # a dense map below, whose input may be cut
             below = self.program.network.nodes[position].inputs[0]
             return replace(given, weight=given.weight[:, self.kept[below]]) if below in self.kept else given
-        if position not in self.kept:
-            return given
-        fields = (given.low, given.gap, given.on_plus, given.on_all, given.intercept)
-        return Relaxation(*(t.index_select(-1, self.kept[position]) for t in fields))
+        return given.take(self.kept[position]) if position in self.kept else given
 
 
 def _find(places: Tensor, wanted: Tensor) -> Tensor:
@@ -83,7 +80,7 @@ def _take(bounds: NodeBounds, kept: Tensor) -> NodeBounds:
 def tiles(program: Program, layer: int, neurons: Tensor) -> list[tuple[Tensor, Window | None]]:
     """Neurons of a layer split into tiles of its image: (places in ``neurons``, window); one tile where it is no image."""
     position = program.preactivation(layer)
-    everything = torch.arange(len(neurons), device=neurons.device)
+    everything = torch.arange(neurons.numel(), device=neurons.device)
     if position not in _images(program):
         return [(everything, None)]
     _, height, width = _shape(program, position)
@@ -119,21 +116,11 @@ def _field(program: Program, layer: int, window: Window | None) -> Field | None:
     if not kept:
         return None
     maps = tuple(_cut(program, i, windows, kept) if i in windows else m for i, m in enumerate(program.maps))
-    _block_input(program, maps, kept)
     places = (*range(len(program.maps)), INPUT)
     sizes = tuple(len(kept[i]) if i in kept else size for i, size in zip(places, program.sizes, strict=True))
     inside = {(i, j): _find(kept[j], kept[i]) for i in windows if i != INPUT and not isinstance(maps[i], ConvMap)
               for j in program.network.nodes[i].inputs if i in kept and j in kept and len(kept[i]) < len(kept[j])}
     return Field(replace(program, maps=maps, sizes=sizes, fields={}, inside=inside), kept, origin)
-
-
-def _block_input(program: Program, maps: tuple[LinearMap | None, ...], kept: dict[int, Tensor]) -> None:
-    """An input image that one convolution reads is laid out as that convolution's products come."""
-    readers = [i for i, node in enumerate(program.network.nodes) if INPUT in node.inputs]
-    mapping = maps[readers[0]] if len(readers) == 1 else None
-    order = mapping.block() if isinstance(mapping, ConvMap) and INPUT in kept else None
-    if order is not None:
-        kept[INPUT] = kept[INPUT][order]
 
 
 def _shape(program: Program, position: int) -> Shape:

@@ -8,7 +8,7 @@ so a neuron that is exactly 0 stays exactly 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +33,22 @@ class NodeBounds:
     lower: Tensor
     upper: Tensor
     error: Tensor | None = None
+    _balls: dict[float, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def magnitude(self) -> Tensor:
         """Bound on the absolute value, (groups, size)."""
         return torch.maximum(self.lower.abs(), self.upper.abs())
+
+    def ball(self, gamma: float) -> Tensor:
+        """Middle of the first box, and its radius enlarged by gamma times the magnitude: (2, size)."""
+        if gamma not in self._balls:
+            lower, upper = self.lower[0], self.upper[0]
+            middle = 0.5 * lower + 0.5 * upper
+            radius = torch.maximum(upper - middle, middle - lower) * (1 + 2.0**-50)
+            wider = (radius + gamma * (radius + middle.abs())) * (1 + 1e-15) + TINY
+            self._balls[gamma] = torch.stack([middle, wider])
+        return self._balls[gamma]
 
 
 def input_bounds(lower: Tensor, upper: Tensor) -> NodeBounds:
@@ -72,12 +83,11 @@ def interval_node(program: Program, position: int, known: dict[int, NodeBounds])
 
 
 def _finite(lower: Tensor, upper: Tensor, error: Tensor | None) -> NodeBounds:
-    infinity = torch.tensor(torch.inf, dtype=torch.float64, device=lower.device)
-    bad = ~((lower.abs() <= LARGE) & (upper.abs() <= LARGE))  # NaN too
-    if bad.any():
-        lower, upper = lower.masked_fill(bad, -infinity), upper.masked_fill(bad, infinity)
-        error = torch.nan_to_num(error, nan=torch.inf) if error is not None else None
-    return NodeBounds(lower, upper, error)
+    if lower.numel() and float(lower.min()) >= -LARGE and float(upper.max()) <= LARGE:  # false for NaN
+        return NodeBounds(lower, upper, error)
+    bad = ~((lower.abs() <= LARGE) & (upper.abs() <= LARGE))
+    lower, upper = lower.masked_fill(bad, -torch.inf), upper.masked_fill(bad, torch.inf)
+    return NodeBounds(lower, upper, torch.nan_to_num(error, nan=torch.inf) if error is not None else None)
 
 
 def _linear(program: Program, mapping: LinearMap, x: NodeBounds) -> NodeBounds:
@@ -87,25 +97,26 @@ def _linear(program: Program, mapping: LinearMap, x: NodeBounds) -> NodeBounds:
         error = mapping.bias.abs() + mapping.forward(x.magnitude).amax(dim=0)
         return _finite(mapping.forward(x.lower) + mapping.bias, mapping.forward(x.upper) + mapping.bias, error)
     groups = len(x.lower)
-    magnitude = x.magnitude.amax(dim=0, keepdim=True)
-    plus = mapping.forward(torch.cat([x.lower, x.upper, magnitude]), "plus")
-    minus = mapping.forward(torch.cat([x.upper, x.lower, magnitude]), "minus")
-    bias = 0.0 if mapping.bias is None else mapping.bias
-    error = (plus[-1] - minus[-1] + torch.as_tensor(bias).abs()) * (1 + program.gamma)
-    if bool((x.lower >= 0).all()):
-        slack = (plus[:-1] - minus[:-1] + torch.as_tensor(bias).abs()) * program.gamma
-    else:
-        slack = (error * program.gamma).expand(2 * groups, -1)
-    lost = TINY * _may_underflow(mapping, magnitude)
-    slack, error = slack + TINY * (slack > 0) + lost, error + lost
-    total = plus[:-1] + minus[:-1] + bias
-    return _finite(total[:groups] - slack[:groups], total[groups:] + slack[groups:], error)
+    positive = bool((x.lower >= 0).all())
+    magnitude = (x.upper if positive else x.magnitude).amax(dim=0, keepdim=True)
+    shared = positive and groups == 1  # the magnitude is a row already
+    plus, minus = mapping.split(torch.cat([x.lower, x.upper] if shared else [x.lower, x.upper, magnitude]))
+    error = plus[-1] - minus[-1]
+    plus, swapped = plus[: 2 * groups], minus[: 2 * groups].roll(groups, 0)
+    total, size = plus + swapped, plus - swapped if positive else error.repeat(2 * groups, 1)
+    if mapping.bias is not None:
+        total, size, error = total.add_(mapping.bias), size.add_(mapping.bias_size), error.add_(mapping.bias_size)
+    slack, error = size.mul_(program.gamma * (1 + 1e-6)), error.mul_(1 + program.gamma)
+    slack.add_(slack > 0, alpha=TINY)
+    if _may_underflow(mapping, magnitude):
+        slack, error = slack + TINY, error + TINY
+    return _finite(total[:groups].sub_(slack[:groups]), total[groups:].add_(slack[groups:]), error)
 
 
 def _may_underflow(mapping: LinearMap, magnitude: Tensor) -> bool:
     """Whether a product of a weight and an input, neither of them 0, can be so small that it loses bits or vanishes."""
-    smallest = magnitude[magnitude > 0]
-    return bool(len(smallest)) and mapping.smallest * float(smallest.min()) < 2.0**-900
+    smallest = torch.where(magnitude > 0, magnitude, 1.0).min() if magnitude.numel() else 1.0
+    return mapping.smallest * float(smallest) < 2.0**-900
 
 
 def _add(program: Program, a: NodeBounds, b: NodeBounds) -> NodeBounds:
@@ -128,6 +139,19 @@ def pool_windows(program: Program, position: int, x: Tensor, fill: float = -torc
     span_y, span_x = (op.kernel[0] - 1) * op.dilation[0] + 1, (op.kernel[1] - 1) * op.dilation[1] + 1
     view = padded.unfold(2, span_y, op.stride[0]).unfold(3, span_x, op.stride[1])
     return view[..., :: op.dilation[0], :: op.dilation[1]].reshape(len(x), program.sizes[position], -1)
+
+
+def pool_choice(program: Program, position: int, x: NodeBounds) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each window of a max pool: (input chosen, whether it is always the maximum, largest upper bound, magnitude)."""
+    finite = x.lower.clamp(min=torch.finfo(x.lower.dtype).min)  # so that no place in the padding ties with an input
+    low, up = pool_windows(program, position, finite), pool_windows(program, position, x.upper)
+    count = torch.arange(x.lower.shape[1], dtype=torch.float64, device=x.lower.device)
+    places = pool_windows(program, position, count[None], fill=-1.0)[0].long()
+    best = low.argmax(dim=-1, keepdim=True)
+    others = up.scatter(-1, best, -torch.inf).amax(dim=-1)
+    wins = low.gather(-1, best)[..., 0] >= others
+    chosen = places.expand(len(low), -1, -1).gather(-1, best)[..., 0]
+    return chosen, wins, up.amax(dim=-1), x.magnitude.gather(1, chosen)
 
 
 def propagate(program: Program, known: dict[int, NodeBounds], until: int) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from copy import copy
+from functools import cached_property
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from exactprune.bounds.conv_columns import ColumnConv, column_conv
 from exactprune.ops import Affine, AvgPool2d, Conv2d, Op, Pad, Reshape, Scale, Shape, Transpose
 
 _SMALL = 1 << 18  # doubles in a matrix of a cropped convolution
@@ -47,9 +49,23 @@ class LinearMap(ABC):
     def forward(self, x: Tensor, part: str = "all") -> Tensor:
         """M x for rows x of shape (rows, size_in), without bias; ``part`` takes M, abs(M), max(M, 0) or min(M, 0)."""
 
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """max(M, 0) x and min(M, 0) x."""
+        return self.forward(x, "plus"), self.forward(x, "minus")
+
+    @cached_property
+    def bias_size(self) -> Tensor:
+        """abs(bias)."""
+        assert self.bias is not None
+        return self.bias.abs()
+
     @abstractmethod
     def transposed(self, v: Tensor) -> Tensor:
         """M^T v for rows v of shape (rows, size_out): shape (rows, size_in)."""
+
+    def transposed_columns(self, v: Tensor) -> Tensor:
+        """M^T v for columns v of shape (size_out, columns): shape (size_in, columns). May return v or change it."""
+        return self.transposed(v.T).T.contiguous()
 
     def rows(self, indices: Tensor) -> Tensor:
         """Rows ``indices`` of M, exactly: shape (len(indices), size_in)."""
@@ -61,14 +77,15 @@ class LinearMap(ABC):
 
 
 class _Parts(dict[str, Tensor]):
-    """M, abs(M), max(M, 0) and min(M, 0) by name, each made when first asked for: weights never change."""
+    """M, abs(M), max(M, 0), min(M, 0) and the last two stacked by name, made when first asked for: weights never change."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(all=weight)
 
     def __missing__(self, part: str) -> Tensor:
         weight = self["all"]
-        made = {"abs": weight.abs, "plus": weight.relu, "minus": lambda: weight.clamp(max=0)}[part]()
+        made = {"abs": weight.abs, "plus": weight.relu, "minus": lambda: weight.clamp(max=0),
+                "both": lambda: torch.cat([weight.relu(), weight.clamp(max=0)])}[part]()
         self[part] = made
         return made
 
@@ -96,11 +113,18 @@ class DenseMap(LinearMap):
     def forward(self, x: Tensor, part: str = "all") -> Tensor:
         return x @ self.parts[part].T
 
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        found = torch.mm(x, self.parts["both"].T)
+        return found[:, : self.size_out], found[:, self.size_out :]
+
     def transposed(self, v: Tensor) -> Tensor:
         return v @ self.weight
 
+    def transposed_columns(self, v: Tensor) -> Tensor:
+        return torch.mm(self.weight.T, v)
+
     def rows(self, indices: Tensor) -> Tensor:
-        return self.weight[indices]
+        return self.weight.index_select(0, indices)
 
     def columns(self, indices: Tensor) -> DenseMap:
         """The map that takes some entries of x, in the given order."""
@@ -126,7 +150,6 @@ class ConvMap(LinearMap):
         shape_in, shape_out: (channels, height, width) of what M maps from and to.
         padding: (top, left, bottom, right); top and left may be negative in a crop: values there are not read.
         last_in, last_out: whether the flat vectors are laid out (height, width, channels) instead of C order.
-        blocked: whether the input's places are laid out as ``block`` says.
         small: M itself, in a crop where using it is cheaper than gathering.
     """
 
@@ -143,9 +166,10 @@ class ConvMap(LinearMap):
         self.channel_bias = _tensor(op.bias, device)
         self.bias = self.channel_bias.repeat_interleave(places)
         self.terms = max(prod(op.weight.shape[1:]), op.weight.shape[0] * prod(op.kernel))
-        self.blocked = False
         self._matrices: dict[tuple[int, int], Tensor] = {}
         self._dense: dict[tuple, Tensor] = {}
+        self._columns: dict[tuple, ColumnConv] = {}
+        self._kernel_rows: dict[tuple[int, int, int, int], Tensor] = {}
         self.small: Tensor | None = None
 
     @property
@@ -184,32 +208,30 @@ class ConvMap(LinearMap):
 
     def _small_matrix(self) -> Tensor | None:
         """M itself, where it is so small that one product with it is cheaper than gathering windows."""
-        blocks = prod(stop - first for first, stop, _ in (self._blocks(0), self._blocks(1)))
-        if self.size_in * self.size_out > min(_SMALL, _DENSER * blocks * prod(self._taps) * self.weight[:, :, 0, 0].numel()
+        blocks = prod(stop - first for first, stop, _ in (self.blocks(0), self.blocks(1)))
+        if self.size_in * self.size_out > min(_SMALL, _DENSER * blocks * prod(self.taps) * self.weight[:, :, 0, 0].numel()
                                               * prod(self.stride)):
             return None
-        key = (self.shape_in, self.shape_out, self.padding, self.last_in, self.last_out, self.blocked)
+        key = (self.shape_in, self.shape_out, self.padding, self.last_in, self.last_out)
         if key not in self._dense:
             self._dense[key] = self.transposed(torch.eye(self.size_out, dtype=torch.float64, device=self.weight.device))
         return self._dense[key]
 
-    def block(self) -> Tensor | None:
-        """Leave the input's places blocks of ``stride`` together, as products come: the order, or None where that cannot be."""
-        (_, _, cut_y), (_, _, cut_x) = self._blocks(0), self._blocks(1)
-        channels, height, width = self.shape_in
-        if not self.last_in or self.stride == (1, 1) or cut_y or cut_x or height % self.stride[0] or width % self.stride[1]:
-            return None
-        self.blocked, self.small = True, None
-        self.small = self._small_matrix()
-        places = torch.arange(self.size_in, device=self.weight.device)
-        return places.view(height // self.stride[0], self.stride[0], -1, self.stride[1], channels).transpose(1, 2).reshape(-1)
-
     def forward(self, x: Tensor, part: str = "all") -> Tensor:
+        return self._products_of(self._unfolded(x), part)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        columns = self._unfolded(x)
+        return self._products_of(columns, "plus"), self._products_of(columns, "minus")
+
+    def _unfolded(self, x: Tensor) -> Tensor:
         top, left, bottom, right = self.padding
         padded = F.pad(x.reshape(-1, *self.shape_in), (left, right, top, bottom))
         columns = F.unfold(padded, self.kernel, dilation=self.dilation, stride=self.stride)
+        return columns.reshape(len(columns), self.groups, columns.shape[1] // self.groups, -1)
+
+    def _products_of(self, columns: Tensor, part: str) -> Tensor:
         weight = self.parts[part].reshape(self.groups, self.shape_out[0] // self.groups, -1)
-        columns = columns.reshape(len(columns), self.groups, weight.shape[2], -1)
         return torch.matmul(weight, columns).reshape(len(columns), self.size_out)
 
     def transposed(self, v: Tensor) -> Tensor:
@@ -223,7 +245,47 @@ class ConvMap(LinearMap):
         else:
             rows = v.reshape(-1, channels, height * width).transpose(1, 2).reshape(-1, height, width, channels)
         image = self._transposed_by_gather(rows)
-        return image.reshape(len(rows), -1) if self.last_in or self.blocked else image.permute(0, 3, 1, 2).reshape(len(rows), -1)
+        return image.reshape(len(rows), -1) if self.last_in else image.permute(0, 3, 1, 2).reshape(len(rows), -1)
+
+    def transposed_columns(self, v: Tensor) -> Tensor:
+        if self.small is not None:
+            return torch.mm(self.small.T, v)
+        if not self.gathers:
+            return super().transposed_columns(v)
+        buffer, inner = self.columns.empty(v, v.shape[1])
+        inner.copy_(self.image_of(v))
+        return self.from_columns(buffer)
+
+    def image_of(self, v: Tensor) -> Tensor:
+        """Columns (size_out, columns) as (height, width, channels, columns)."""
+        channels, height, width = self.shape_out
+        if self.last_out:
+            return v.view(height, width, channels, -1)
+        return v.view(channels, height, width, -1).permute(1, 2, 0, 3)
+
+    def from_columns(self, buffer: Tensor) -> Tensor:
+        """M^T of what a buffer of ``columns`` holds: (size_in, columns)."""
+        image = self.columns(buffer)
+        return (image if self.last_in else image.permute(2, 0, 1, 3)).reshape(self.size_in, -1)
+
+    @property
+    def columns(self) -> ColumnConv:
+        """The transposed map for images that lie (height, width, channels, columns); for maps that gather."""
+        key = (self.shape_in, self.shape_out, self.padding)
+        if key not in self._columns:
+            self._columns[key] = column_conv(self)
+        return self._columns[key]
+
+    def kernel_row(self, tap: int, phase: int) -> Tensor | None:
+        """What a place of this phase in y takes of an output row: (stride_x * channels in, taps_x * channels out), or None."""
+        if not 0 <= (self.taps[0] - 1 - tap) * self.stride[0] + phase - self._shift(0) < self.kernel[0]:
+            return None
+        key = (tap, phase, self._shift(0), self._shift(1))
+        if key not in self._kernel_rows:
+            matrix = self._matrix(self._shift(0), self._shift(1))
+            split = matrix.view(*self.taps, self.shape_out[0], *self.stride, self.shape_in[0])[tap, :, :, phase]
+            self._kernel_rows[key] = split.permute(2, 3, 0, 1).reshape(self.stride[1] * self.shape_in[0], -1).contiguous()
+        return self._kernel_rows[key]
 
     def _transposed_by_fold(self, rows: Tensor) -> Tensor:
         top, left, bottom, right = self.padding
@@ -241,14 +303,14 @@ class ConvMap(LinearMap):
         return shift if ceil((kernel + shift) / stride) == ceil(kernel / stride) else 0
 
     @property
-    def _taps(self) -> tuple[int, int]:
+    def taps(self) -> tuple[int, int]:
         return ceil(self.kernel[0] / self.stride[0]), ceil(self.kernel[1] / self.stride[1])
 
     def _matrix(self, shift_y: int, shift_x: int) -> Tensor:
         """Sub-kernels as one matrix (taps_y * taps_x * channels out, stride_y * stride_x * channels in)."""
         if (shift_y, shift_x) not in self._matrices:
             (stride_y, stride_x), (kernel_y, kernel_x) = self.stride, self.kernel
-            taps_y, taps_x = self._taps
+            taps_y, taps_x = self.taps
             after = (taps_x * stride_x - kernel_x - shift_x, taps_y * stride_y - kernel_y - shift_y)
             weight = F.pad(self.weight, (shift_x, after[0], shift_y, after[1]))
             split = weight.reshape(*weight.shape[:2], taps_y, stride_y, taps_x, stride_x).flip(2, 4)
@@ -256,7 +318,7 @@ class ConvMap(LinearMap):
             self._matrices[shift_y, shift_x] = matrix.contiguous()
         return self._matrices[shift_y, shift_x]
 
-    def _blocks(self, axis: int) -> tuple[int, int, int]:
+    def blocks(self, axis: int) -> tuple[int, int, int]:
         """(first block of ``stride`` input places, one past the last, places to cut off the first)."""
         start = self.padding[axis] + self._shift(axis)
         first = start // self.stride[axis]
@@ -264,15 +326,15 @@ class ConvMap(LinearMap):
 
     def _transposed_by_gather(self, rows: Tensor) -> Tensor:
         """(rows, height out, width out, channels out) -> (rows, height in, width in, channels in)."""
-        (y0, y1, cut_y), (x0, x1, cut_x) = self._blocks(0), self._blocks(1)
-        taps_y, taps_x = self._taps
+        (y0, y1, cut_y), (x0, x1, cut_x) = self.blocks(0), self.blocks(1)
+        taps_y, taps_x = self.taps
         if min(y1, rows.shape[1]) < max(y0 - taps_y + 2, 1) or min(x1, rows.shape[2]) < max(x0 - taps_x + 2, 1):
             return rows.new_zeros(len(rows), *self.shape_in[1:], self.shape_in[0])  # these outputs see padding only
         halo = (0, 0, taps_x - 1 - x0, x1 - rows.shape[2], taps_y - 1 - y0, y1 - rows.shape[1])
         padded = F.pad(rows, halo) if any(halo) else rows
         windows = padded.unfold(1, taps_y, 1).unfold(2, taps_x, 1).permute(0, 1, 2, 4, 5, 3)
         blocks = self._products(windows, self._matrix(self._shift(0), self._shift(1)))
-        return blocks if self.blocked else blocks[:, cut_y : cut_y + self.shape_in[1], cut_x : cut_x + self.shape_in[2]]
+        return blocks[:, cut_y : cut_y + self.shape_in[1], cut_x : cut_x + self.shape_in[2]]
 
     def _products(self, windows: Tensor, matrix: Tensor) -> Tensor:
         """Windows (rows, blocks_y, blocks_x, ...) times the matrix, as an image (rows, height, width, channels in)."""
@@ -284,7 +346,7 @@ class ConvMap(LinearMap):
             step = max(1, _CACHE_DOUBLES // (blocks_y * blocks_x * matrix.shape[0]))
         for start in range(0, rows, step):
             part, into = windows[start : start + step].reshape(-1, matrix.shape[0]), out[start : start + step]
-            if self.stride == (1, 1) or self.blocked:
+            if self.stride == (1, 1):
                 torch.mm(part, matrix, out=into.view(-1, matrix.shape[1]))
             else:
                 product = torch.mm(part, matrix).view(-1, blocks_y, blocks_x, stride_y, stride_x, channels)
@@ -313,6 +375,9 @@ class ScaleMap(LinearMap):
 
     def transposed(self, v: Tensor) -> Tensor:
         return v * self.diagonal
+
+    def transposed_columns(self, v: Tensor) -> Tensor:
+        return v * self.diagonal.unsqueeze(1)
 
     def take(self, indices: Tensor) -> ScaleMap:
         """The map on some entries, in the given order."""
@@ -354,6 +419,11 @@ class MoveMap(LinearMap):
         out = v.new_zeros(len(v), self.size_in)
         out[:, self.source] = v[:, self.kept]
         return out
+
+    def transposed_columns(self, v: Tensor) -> Tensor:
+        if not self.moves:
+            return v
+        return v.new_zeros(self.size_in, v.shape[1]).index_copy_(0, self.source, v.index_select(0, self.kept))
 
 
 class AvgPoolMap(LinearMap):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -63,6 +64,11 @@ class Program:
     def preactivation(self, layer: int) -> int:
         """Position of the node that ReLU layer ``layer`` reads."""
         return self.network.nodes[self.network.relus[layer]].inputs[0]
+
+    @cached_property
+    def layer_of(self) -> Mapping[int, int]:
+        """Position of a ReLU -> number of its layer."""
+        return {position: k for k, position in enumerate(self.network.relus)}
 
     @property
     def layers(self) -> int:

@@ -25,12 +25,13 @@ _INFLATE = 1 + 1e-6  # covers the rounding of the error terms themselves
 
 @dataclass(frozen=True, eq=False)
 class Relaxation:
-    """Slopes and constants of one ReLU layer; all tensors are (groups, neurons), or (groups, kept neurons) if compacted.
+    """Slopes and constants of one ReLU layer, (groups, neurons) each, or (groups, kept neurons) if compacted.
 
     A step of backward propagation with coefficients v is: total += max(v, 0) . on_plus - v . on_all and
     a = v * low + max(v, 0) * gap; both vectors already hold the bias and the error terms of the linear map below.
 
     Attributes:
+        values: the next five, stacked.
         low: slope for v < 0.
         gap: slope for v >= 0 minus ``low``.
         on_plus, on_all: see above.
@@ -39,13 +40,33 @@ class Relaxation:
         weight: rows ``alive`` of the dense map below, if compacted.
     """
 
-    low: Tensor
-    gap: Tensor
-    on_plus: Tensor
-    on_all: Tensor
-    intercept: Tensor
+    values: Tensor
     alive: Tensor | None = None
     weight: Tensor | None = None
+
+    @property
+    def low(self) -> Tensor:
+        return self.values[0]
+
+    @property
+    def gap(self) -> Tensor:
+        return self.values[1]
+
+    @property
+    def on_plus(self) -> Tensor:
+        return self.values[2]
+
+    @property
+    def on_all(self) -> Tensor:
+        return self.values[3]
+
+    @property
+    def intercept(self) -> Tensor:
+        return self.values[4]
+
+    def take(self, places: Tensor) -> Relaxation:
+        """For some of the neurons (none left out so far)."""
+        return Relaxation(self.values.index_select(2, places))
 
 
 def fused(program: Program, layer: int) -> bool:
@@ -79,21 +100,35 @@ def relax(program: Program, layer: int, bounds: NodeBounds, alpha: Tensor | None
         alpha: slopes in [0, 1] for v < 0 on unstable neurons, (groups, neurons); CROWN's adaptive rule by default.
         compact: leave stably inactive neurons out (one group only, dense map below).
     """
-    low_bound, up_bound = bounds.lower, bounds.upper
-    slope, intercept = upper_line(low_bound, up_bound)
-    low = adaptive_slope(low_bound, up_bound) if alpha is None else alpha
-    low = torch.where(low_bound >= 0, torch.ones_like(low), low) * (up_bound > 0)
-    gap = slope - low
-    error = program.gamma * (bounds.magnitude + intercept)
-    on_plus, on_all = intercept, torch.zeros_like(low)
-    if fused(program, layer):
-        error = error + program.gamma * bounds.error if bounds.error is not None else error
-        mapping = program.maps[program.preactivation(layer)]
-        if mapping is not None and mapping.bias is not None:
-            on_plus, on_all = on_plus + gap * mapping.bias, on_all - low * mapping.bias
-    error = (error * _INFLATE + TINY) * (up_bound > 0)
-    made = Relaxation(low, gap, on_plus + 2 * error, on_all + error, intercept)
-    return _compacted(program, layer, made, up_bound) if compact else made
+    plus, below = bounds.upper.clamp(min=0), bounds.lower.clamp(max=0).neg_()
+    if alpha is not None:
+        plus, below = plus.expand_as(alpha), below.expand_as(alpha)
+    values = plus.new_empty(5, *plus.shape)
+    low, gap, on_plus, on_all, intercept = values.unbind()
+    slope = plus.div(torch.add(plus, below).clamp_(min=TINY))  # at most 1: a sum is not below its terms
+    _intercept(slope, plus, below, out=intercept)
+    if alpha is None:
+        low.copy_(plus > below)
+    else:
+        torch.mul(torch.where(bounds.lower >= 0, 1.0, alpha), plus > 0, out=low)
+    torch.sub(slope, low, out=gap)
+    error = torch.maximum(plus, below).add_(intercept)
+    mapping = program.maps[program.preactivation(layer)] if fused(program, layer) else None
+    if mapping is not None and bounds.error is not None:
+        error.add_(bounds.error)
+    error = torch.where(plus > 0, error.mul_(program.gamma * _INFLATE).add_(TINY), 0.0)
+    torch.add(intercept, error, alpha=2, out=on_plus)
+    on_all.copy_(error)
+    if mapping is not None and mapping.bias is not None:
+        on_plus.addcmul_(gap, mapping.bias)
+        on_all.addcmul_(low, mapping.bias, value=-1)
+    return _compacted(program, layer, Relaxation(values), plus) if compact else Relaxation(values)
+
+
+def _intercept(slope: Tensor, plus: Tensor, below: Tensor, out: Tensor) -> Tensor:
+    """At least max of relu(z) - slope z over -below <= z <= plus, both >= 0."""
+    torch.mul(slope, below, out=out)
+    return torch.maximum(out, torch.rsub(slope, 1).mul_(plus), out=out).mul_(1 + 8 * UNIT_ROUNDOFF)
 
 
 def _compacted(program: Program, layer: int, given: Relaxation, upper: Tensor) -> Relaxation:
@@ -101,7 +136,6 @@ def _compacted(program: Program, layer: int, given: Relaxation, upper: Tensor) -
     if not isinstance(mapping, DenseMap) or len(upper) != 1:
         return given
     alive = torch.nonzero(upper[0] > 0).flatten()
-    if len(alive) > 0.85 * upper.shape[1]:
+    if alive.numel() > 0.85 * upper.shape[1]:
         return given
-    parts = (t[:, alive] for t in (given.low, given.gap, given.on_plus, given.on_all, given.intercept))
-    return Relaxation(*parts, alive=alive, weight=mapping.weight[alive])
+    return Relaxation(given.values.index_select(2, alive), alive, mapping.weight.index_select(0, alive))

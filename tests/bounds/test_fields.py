@@ -47,6 +47,9 @@ def test_crops_are_parts_of_the_whole_matrix(kernel, stride):
                 got = v.new_zeros(3, whole.size_in)
                 got[:, columns] = cropped.transposed(v)
                 assert torch.equal(got, v @ matrix[rows])
+                assert torch.equal(cropped.transposed_columns(v.T.contiguous()), got[:, columns].T)
+                cropped.small = None  # crops this small are kept as matrices
+                assert torch.equal(cropped.transposed_columns(v.T.contiguous()), got[:, columns].T)
                 assert torch.equal(cropped.bias, whole.bias[rows])
 
 

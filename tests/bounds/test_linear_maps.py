@@ -68,6 +68,11 @@ def test_every_map_is_the_operator_s_matrix(seed: int) -> None:
     for part, expected in parts.items():
         np.testing.assert_allclose(mapping.forward(torch.tensor(x), part).numpy(), x @ expected.T, rtol=1e-11, atol=1e-12)
     np.testing.assert_allclose(mapping.transposed(torch.tensor(v)).numpy(), v @ matrix, rtol=1e-11, atol=1e-12)
+    columns = mapping.transposed_columns(torch.tensor(v.T.copy()))
+    assert columns.is_contiguous()
+    np.testing.assert_allclose(columns.numpy(), (v @ matrix).T, rtol=1e-11, atol=1e-12)
+    for ours, part in zip(mapping.split(torch.tensor(x)), ("plus", "minus"), strict=True):
+        np.testing.assert_allclose(ours.numpy(), x @ parts[part].T, rtol=1e-11, atol=1e-12)
     some = torch.tensor(rng.integers(0, mapping.size_out, 4))
     np.testing.assert_allclose(mapping.rows(some).numpy(), matrix[some.numpy()], rtol=1e-12, atol=1e-14)
     assert mapping.rows(some[:0]).shape == (0, mapping.size_in)
@@ -90,6 +95,7 @@ def test_convolutions_agree_with_torch(seed: int) -> None:
     v = torch.tensor(rng.normal(size=y.shape))
     (back,) = torch.autograd.grad(y, x, v)
     torch.testing.assert_close(mapping.transposed(v.reshape(2, -1)), back.reshape(2, -1))
+    torch.testing.assert_close(mapping.transposed_columns(v.reshape(2, -1).T.contiguous()), back.reshape(2, -1).T)
 
 
 def test_many_rows_take_the_same_path_in_chunks() -> None:
