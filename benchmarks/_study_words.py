@@ -27,9 +27,10 @@ def sweep_words(rows: Sequence[Facts]) -> list[str]:
     for s in plain_rows:
         near = [t for t in found if t["network"] == s["network"] and t["accuracy mean"] >= s["accuracy mean"] - 0.01]
         best = max(near, key=lambda t: t["parameters removed rounding mean"])
+        lost = 100 * (s["accuracy mean"] - best["accuracy mean"])
         gone, exactly = (100 * best[f"parameters removed {b} mean"] for b in ("rounding", "exact"))
         words.append(f"{s['network']}, giving up at most one point of accuracy: {gone:.0f} % of the parameters go with L1 "
-                     f"{best['l1']:g} ({exactly:.0f} % as exact identities), at {100 * (s['accuracy mean'] - best['accuracy mean']):.1f} points less than without L1.")
+                     f"{best['l1']:g} ({exactly:.0f} % as exact identities), at {lost:.1f} points less than without L1.")
     words.append(f"{good} of {checks} certificates of the sweep were accepted from the files alone. {undecided(found)}")
     changed = sum(row["other answers rounding"] for row in rows)
     return [*words, f"Compression changed {changed} of {10000 * len(rows):,} answers on test images (measured)."]

@@ -1,7 +1,7 @@
 """The project's own study: what is removed without a trace, what approximate methods do, and what of that is proved.
 
     python benchmarks/study.py                       # everything; cells that exist are read
-    python benchmarks/study.py --only sweep,page     # parts: sweep, networks, compare, readme, page
+    python benchmarks/study.py --only sweep,page     # parts: sweep, networks, compare, equiv, readme, page
     python benchmarks/study.py --only compare:fashion_2x800    # one experiment of reports/study/compare
 
 Results go to reports/study/: index.md and index.html to read, CSV and JSON beside them, one JSON file a cell. Needs Debian's
@@ -24,15 +24,17 @@ from pathlib import Path
 import torch
 from _study_cells import OUT, ROOT, Cells, Facts
 from _study_compare import compare, experiments, results
+from _study_equiv import equiv_cells
 from _study_networks import network_cells
-from _study_page import write, write_page
+from _study_page import write, write_csv, write_page
 from _study_sweep import SWEEPS, sweep_cells
 from _study_tables import compare_sections, networks_section, sweep_row, sweep_section
 from _study_words import findings
 
 from exactprune.training import load_data
 
-PARTS = ("sweep", "networks", "compare", "readme", "page")
+PARTS = ("sweep", "networks", "compare", "equiv", "readme", "page")
+EQUIV = ("A", "B", "eps", "upper", "lower", "ratio", "cpu seconds")
 COMMAND = "exactprune compress models/fashion_2x100.pt -o small.pt"
 
 
@@ -52,6 +54,8 @@ def main() -> None:
             compare(folder)
     if "networks" in wanted:
         write_json(OUT / "networks.json", network_cells(Cells(OUT / "networks")))
+    if "equiv" in wanted:
+        write_csv(OUT / "equiv.csv", [{k: cell[k] for k in EQUIV} for cell in equiv_cells(Cells(OUT / "equiv"))])
     if "readme" in wanted:
         readme()
     if "page" in wanted:

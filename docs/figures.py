@@ -48,8 +48,8 @@ INLINE = re.compile(r"(<!--= (?P<what>(?:(?!-->).)*?) -->)(?P<now>.*?)(<!--/-->)
 PLACE = re.compile(r"(?P<path>[^\[]*?)\s*(?:\[(?P<where>[^\]]*)\])?\s*(?P<name>[^\[\]]*)")
 OVER = re.compile(r"(max|min|median|mean|sum|count)\((.*)\)")
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`|<!--.*?-->", re.DOTALL | re.MULTILINE)
-UNIT = r"(?:ms|us|ns|s|seconds?|minutes?|[kMG]i?B|GFLOP/s|%|times|x)"
-MEASURED = re.compile(rf"(?<![\w.^-])\d[\d,.]*(?:e[+-]?\d+)?\s?{UNIT}(?![\w^])"
+UNIT = r"(?:ms|us|ns|s|seconds?|minutes?|[kMG]i?B|GFLOP/s|%|times)"
+MEASURED = re.compile(rf"(?<![\w.^-])\d[\d,.]*(?:e[+-]?\d+)?(?:\s?{UNIT}|x)(?![\w^])"
                       r"|(?<=\| )[~<>]?\d[\d,]*(?:\.\d+(?:e[+-]?\d+)?|e[+-]?\d+)(?= \|)")
 Row = dict[str, Any]
 
