@@ -24,9 +24,10 @@ order of the block-diagonal matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from itertools import islice
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from exactprune.pruners.curvature import CURVATURES, Curvature, dense, neuron_bl
 from exactprune.pruners.problem import Problem
 from exactprune.pruners.protocol import Plan, Pruner, gone, require
 from exactprune.pruners.selection import count, flatten, smallest, unflatten
-from exactprune.pruners.sweep import settle, sweep
+from exactprune.pruners.sweep import rows_at_once, settle, sweep
 from exactprune.pruners.taps import first_samples
 
 MAX_WEIGHTS = 12_000
@@ -154,16 +155,16 @@ class Obs(Pruner[ObsOptions]):
 
         Merging orders by the cost of the next step takes steps in the order of this number.
         """
-        before = torch.zeros(problem.size, dtype=torch.bool, device=problem.device).index_fill(0, first, True)
-        costs, start = [], 0
-        for w, hessian in zip(weight_rows(problem), self._neurons(problem)):
-            going = before[start:start + len(w)]
-            if bool(going.any()):
-                w, hessian = settle(w, hessian, going), _without(hessian, going)
-            order, errors = sweep(w[None], inverse_of(hessian)[None])
-            costs.append(torch.empty_like(w).index_copy_(0, order[0], errors[0].cummax(0).values))
-            start += len(w)
-            tick(1)
+        before = unflatten(torch.zeros(problem.size, dtype=torch.bool, device=problem.device).index_fill(0, first, True),
+                           problem.shapes)
+        blocks, costs = self._neurons(problem), []
+        for name, weight in problem.weights.items():
+            rows = zip(weight.flatten(1), before[name].flatten(1))
+            for some in batched(rows, rows_at_once(weight[0].numel())):
+                ready = [_started(w, next(blocks), going) for w, going in some]
+                order, errors = sweep(torch.stack([w for w, _ in ready]), torch.stack([inverse_of(h) for _, h in ready]))
+                costs.append(torch.empty_like(errors).scatter_(1, order, errors.cummax(1).values).flatten())
+                tick(len(ready))
         return torch.cat(costs)
 
     def _neurons(self, problem: Problem) -> Iterator[Tensor]:
@@ -191,11 +192,23 @@ def weight_rows(problem: Problem) -> Iterator[Tensor]:
         yield from weight.flatten(1)
 
 
+def _started(weights: Tensor, hessian: Tensor, going: Tensor) -> tuple[Tensor, Tensor]:
+    """A neuron's weights and Hessian once ``going`` is gone."""
+    return (settle(weights, hessian, going), _without(hessian, going)) if bool(going.any()) else (weights, hessian)
+
+
 def _without(hessian: Tensor, going: Tensor) -> Tensor:
     """H with the rows and columns of what is gone already replaced by those of the identity."""
     matrix = hessian.masked_fill(going[:, None] | going, 0)
     matrix.diagonal()[going] = 1
     return matrix
+
+
+def batched(things: Iterable[Any], number: int) -> Iterator[list[Any]]:
+    """Lists of at most ``number`` consecutive things."""
+    left = iter(things)
+    while some := list(islice(left, number)):
+        yield some
 
 
 def kept_but(like: Tensor, removed: Tensor) -> Tensor:

@@ -156,7 +156,8 @@ def check_types(cls: type, given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         kinds = set(get_args(hints[name])) or {hints[name]}
         kinds = {type(kind) for kind in kinds} if get_origin(hints[name]) is Literal else kinds
-        require(not kinds <= set(WORDS) or _fits(value, kinds), name, value, " or ".join(WORDS[kind] for kind in WORDS if kind in kinds))
+        words = " or ".join(WORDS[kind] for kind in WORDS if kind in kinds)
+        require(not kinds <= set(WORDS) or _fits(value, kinds), name, value, words)
 
 
 def _fits(value: object, kinds: set[type]) -> bool:
