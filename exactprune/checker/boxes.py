@@ -64,6 +64,17 @@ def read(record: dict[str, Any], sizes: list[int], lower: Array, upper: Array) -
     return Splits(low, high, children, [_claim(c, len(dims), sizes) for c in records.listed(claims, "boxes: claims")])
 
 
+def leaves(dims: Any, at: Any, lower: Array, upper: Array) -> tuple[Array, Array]:
+    """The boxes (leaves, inputs) of a tree given as in a ``boxes`` record; together they are [lower, upper]."""
+    dims = records.integers(dims, -1, len(lower), "split: dims")
+    at = records.unpack(at, ("<f8",), "split: at")
+    if at.shape != dims.shape or not len(dims):
+        raise CheckError("split: dims and at differ in length, or there is no box")
+    low, high, children = _tree(dims, at, lower, upper)
+    ends = np.array([c is None for c in children])
+    return low[ends], high[ends]
+
+
 def _tree(dims: Array, at: Array, lower: Array, upper: Array) -> tuple[Array, Array, list[tuple[int, int] | None]]:
     low, high = np.empty((len(dims), len(lower))), np.empty((len(dims), len(lower)))
     children: list[list[int]] = [[] for _ in dims]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from exactprune.checker import network, records
+from exactprune.checker import boxes, chains, network, records
 from exactprune.checker.bounds import Bounds
 from exactprune.checker.difference import Difference
 from exactprune.checker.dyadic import Array
@@ -42,6 +42,7 @@ class Bundle:
         rewrites: for people.
         hints: ``duplicate``, ``line`` and ``relation`` records in order.
         certificate: the original's records, header first, read as they are used.
+        split: the ``split`` record: boxes on which the deviation is bounded one by one.
     """
 
     header: Json
@@ -50,6 +51,7 @@ class Bundle:
     rewrites: list[Json]
     hints: list[Json]
     certificate: Iterator[Json]
+    split: Json | None = None
 
 
 @dataclass(eq=False)
@@ -154,10 +156,14 @@ def read(lines: Iterable[Json]) -> Bundle:
     header, lower, upper = _header(next(stream, None)), *_domain(next(stream, None))
     rewrites: list[Json] = []
     hints: list[Json] = []
+    split: Json | None = None
     for record in stream:
         kind = records.kind_of(record)
         if kind == "header":
-            return Bundle(header, lower, upper, rewrites, hints, _joined(record, stream))
+            return Bundle(header, lower, upper, rewrites, hints, _joined(record, stream), split)
+        if kind == "split" and split is None:
+            split = record
+            continue
         if kind == "rewrite" and not hints:
             rewrites.append(record)
         elif kind in HINTS:
@@ -210,6 +216,8 @@ def _check(f: Network, g: Network, bundle: Bundle, known: Proved | None = None) 
             raise CheckError(f"the original's certificate: layer {k}, neuron {i}, {claim}: {why} "
                              f"({len(report.certificate.rejected)} such)")
         report.deviation = _deviation(Difference(bounds, g, report.claimed == 0), bundle.hints)
+        if bundle.split is not None and report.deviation > report.claimed > 0:
+            report.deviation = min(report.deviation, _on_boxes(bounds, g, bundle, report.claimed))
         if not report.deviation <= report.claimed:
             raise CheckError(f"abs(f - g) is proved to be at most {report.deviation!r} only, claimed are "
                              f"{report.claimed!r}")
@@ -236,6 +244,35 @@ def _deviation(difference: Difference, hints: list[Json]) -> float:
     for record in hints:
         HINTS[records.kind_of(record)](difference, record)
     return difference.deviation()
+
+
+def _on_boxes(bounds: Bounds, g: Network, bundle: Bundle, claimed: float) -> float:
+    """The largest deviation on any box of the ``split`` record (``chains``)."""
+    assert bundle.split is not None
+    errors = local_errors(bounds, g, bundle.hints)
+    dims, at = records.fields(bundle.split, "dims", "at")
+    lower, upper = bundle.lower.reshape(-1), bundle.upper.reshape(-1)
+    low, high = boxes.leaves(dims, at, lower, upper)
+    return float(chains.deviation(g, errors, low, high, claimed)[0].max())
+
+
+def local_errors(bounds: Bounds, g: Network, hints: list[Json]) -> list[Array]:
+    """What enters at every ReLU layer of a chain g and at its output, everything before it being equal.
+
+    Raises:
+        CheckError: g is no chain, or a hint does not hold.
+    """
+    found = chains.chain_of(g)
+    if found is None:
+        raise CheckError("split: the smaller network is no chain of affine layers and ReLUs")
+    difference = Difference(bounds, g, False, local=True)
+    for record in hints:
+        HINTS[records.kind_of(record)](difference, record)
+    last = difference.output_error()
+    known = difference.local or {}
+    if set(known) != set(found[1][:-1]):
+        raise CheckError("split: a layer of the smaller network is not related")
+    return [known[position] for position in found[1][:-1]] + [last]
 
 
 def _duplicate(difference: Difference, record: Json) -> None:

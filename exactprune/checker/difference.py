@@ -93,10 +93,16 @@ def units_of(select: Array, shape: Shape, original: Shape) -> Array | None:
 
 
 class Difference:
-    """The relations proved so far between f and g."""
+    """The relations proved so far between f and g.
 
-    def __init__(self, bounds: Bounds, smaller: Network, exact: bool) -> None:
+    Attributes:
+        local: None; or, for ``chains``, the errors of every relation with everything before it equal: relations then pass
+            on none, and linear units may not cut at all.
+    """
+
+    def __init__(self, bounds: Bounds, smaller: Network, exact: bool, *, local: bool = False) -> None:
         self.f, self.g, self.exact = bounds.network, smaller, exact
+        self.local: dict[int, Array] | None = {} if local else None
         if self.f.input_shape != smaller.input_shape or self.f.shapes[-1] != smaller.shapes[-1]:
             raise CheckError("the networks do not have the same input and output shapes")
         self.f_layers, self.g_layers = bounds.layers, layers(smaller)
@@ -152,8 +158,18 @@ class Difference:
             return
         select = elements(self.f.shape_of(of), axis, units)
         ratio = per_element(self.g.shape_of(position), axis, ratios)
-        error = self._compare(source, original, select, ratio)
-        self.relations[position] = Relation(of, select, ratio, self._finite(error, f"node {position}"))
+        error = self._finite(self._compare(source, original, select, ratio), f"node {position}")
+        if self.local is not None:
+            error = self._set_apart(position, select, error)
+        self.relations[position] = Relation(of, select, ratio, error)
+
+    def _set_apart(self, position: int, select: Array, error: Array) -> Array:
+        """Keep the errors of a relation for ``chains``; what it passes on is none."""
+        assert self.local is not None
+        if error[select < 0].any():
+            raise CheckError(f"node {position}: a linear unit may be cut")
+        self.local[position] = error
+        return np.zeros_like(error)
 
     def _relate_pool(self, position: int, of: int, units: Array, ratios: Array) -> None:
         source, original = self.g.nodes[position].inputs[0], self.f.nodes[of].inputs[0]
@@ -168,10 +184,13 @@ class Difference:
 
     def deviation(self) -> float:
         """A bound on abs(f - g) over D and all outputs."""
+        return float(self.output_error().max(initial=0.0))
+
+    def output_error(self) -> Array:
+        """A bound on abs(f - g) over D for every output."""
         last, original = len(self.g.nodes) - 1, len(self.f.nodes) - 1
         count = int(np.prod(self.f.shapes[-1]))
-        error = self._compare(last, original, np.arange(count), np.ones(count))
-        return float(self._finite(error, "the output").max(initial=0.0))
+        return self._finite(self._compare(last, original, np.arange(count), np.ones(count)), "the output")
 
     def _shapes_fit(self, position: int, of: int, axis: int, units: Array) -> None:
         shape, original = self.g.shape_of(position), self.f.shape_of(of)

@@ -22,15 +22,12 @@ from exactprune.checker import records as reading
 from exactprune.checker.bundle import FORMAT, BundleReport, Proved, check_records
 from exactprune.checker.engine import proved
 from exactprune.claim import LayerVerdict, Status
+from exactprune.compress.hints import Record, hints_of
 from exactprune.compress.levels import Kind, Level, certified, upward
 from exactprune.compress.rewrite import Rewrite
-from exactprune.compress.units import units_of
 from exactprune.deciders.proofs import crown_record, pack, pack_integers
 from exactprune.domain import Box
 from exactprune.network import Network
-from exactprune.ops import Affine, Conv2d, MaxPool2d
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +75,7 @@ def bundle(network: Network, domain: Box, rewrite: Rewrite, certificate: Sequenc
         certificate: records of the original's verdicts, header first.
         verdicts: of the original.
     """
-    hints, proof = list(_hints(network, rewrite)), list(restricted(certificate))
+    hints, proof = [*hints_of(network, rewrite), *_split(rewrite)], list(restricted(certificate))
     claim = _Claim(network, domain, rewrite, hints)
     found = claim.judged(proof, rewrite.level)
     if not found.report.accepted:
@@ -112,6 +109,12 @@ class _Claim:
                    *self.hints, *proof)
         report = check_records(self.network, self.rewrite.network, iter(records), self.known[len(proof)])
         return Bundle(level if report.accepted else None, self.rewrite.level, records, report)
+
+
+def _split(rewrite: Rewrite) -> Iterator[Record]:
+    """The sub-boxes that the claim rests on, if it does."""
+    if rewrite.boxes is not None:
+        yield {"record": "split", "dims": pack_integers(rewrite.boxes.dims), "at": pack(rewrite.boxes.at)}
 
 
 def _header(network: Network, domain: Box, rewrite: Rewrite, level: Level, tool: Record) -> Record:
@@ -148,83 +151,3 @@ def _tightening(verdicts: Sequence[LayerVerdict]) -> Iterator[Record]:
         neurons = np.flatnonzero(verdict.status != Status.INACTIVE)
         if neurons.size:
             yield crown_record(verdict.layer, neurons)
-
-
-# -- hints -------------------------------------------------------------------------------------------------------------
-
-
-def _hints(network: Network, rewrite: Rewrite) -> Iterator[Record]:
-    axes = units_of(network).axis
-    lines = {layer: _lines(rewrite, layer, "relax") for layer in range(len(network.relus))}
-    for layer, position in enumerate(network.relus):
-        gone = list(_lines(rewrite, layer, "opposite"))
-        pairs = [*_twins(rewrite, layer), *_opposites(network, position, axes[position], gone)]
-        if pairs:
-            kept, gone, ratios = (np.array(column) for column in zip(*pairs, strict=True))
-            yield {"record": "duplicate", "of": position, "axis": axes[position], "gone": pack_integers(gone),
-                   "kept": pack_integers(kept), "ratios": pack(ratios.astype(np.float64))}
-        if lines[layer]:
-            yield {"record": "line", "of": position, "axis": axes[position],
-                   "units": pack_integers(np.array(list(lines[layer]))),
-                   "slopes": pack(np.array(list(lines[layer].values()), np.float64))}
-    found = _relus(network, rewrite, axes) | _pools(network, rewrite)
-    yield from (found[position] for position in sorted(found))
-
-
-def _twins(rewrite: Rewrite, layer: int) -> Iterator[tuple[int, int, float]]:
-    for step in rewrite.steps:
-        if step.rule == "duplicate" and step.data["layer"] == layer:
-            yield from step.data["kept_gone_ratio"]  # type: ignore[misc]
-
-
-def _lines(rewrite: Rewrite, layer: int, rule: str) -> dict[int, float]:
-    """Units that a rule replaced by lines although they are not stably active, with the slopes."""
-    found: dict[int, float] = {}
-    for step in rewrite.steps:
-        if rule in step.data and step.data["layer"] == layer:
-            units, slopes = step.data[rule], step.data["slopes"]
-            found |= {int(u): float(s) for u, s in zip(units, slopes, strict=True) if u >= 0}  # type: ignore[call-overload]
-    return found
-
-
-def _opposites(network: Network, position: int, axis: int, units: Sequence[int],
-               near: float = 1e-6) -> Iterator[tuple[int, int, float]]:
-    """For each of some units, the unit whose weights are a negative multiple of its own, and the factor."""
-    source = network.nodes[position].inputs[0]
-    feeder = network.nodes[source].op if source >= 0 else None
-    if not units or not isinstance(feeder, Affine | Conv2d) or axis:
-        return
-    weight = feeder.weight.reshape(len(feeder.bias), -1).astype(np.float64)
-    size = np.linalg.norm(weight, axis=1)[:, None]
-    unit = np.divide(weight, size, out=np.zeros_like(weight), where=size > 0)
-    for gone in units:
-        cosine = unit @ unit[gone]
-        cosine[list(units)] = 0.0
-        kept, pivot = int(cosine.argmin()), int(np.abs(weight[gone]).argmax())
-        if cosine[kept] < near - 1 and weight[kept, pivot]:
-            yield kept, gone, float(weight[gone, pivot] / weight[kept, pivot])
-
-
-def _relus(network: Network, rewrite: Rewrite, axes: Mapping[int, int]) -> dict[int, Record]:
-    return {position: _relation(position, network.relus[layer], axes[network.relus[layer]], units)
-            for position, (layer, units) in zip(rewrite.network.relus, rewrite.origin, strict=True)}
-
-
-def _relation(position: int, of: int, axis: int, units: np.ndarray) -> Record:
-    return {"record": "relation", "node": position, "of": of, "axis": axis, "units": pack_integers(units),
-            "ratios": None}
-
-
-def _pools(network: Network, rewrite: Rewrite) -> dict[int, Record]:
-    """Max pools keep the name of the node they were; their channels are those of the ReLU that they are coupled with."""
-    pools = {node.name: i for i, node in enumerate(network.nodes) if isinstance(node.op, MaxPool2d)}
-    groups = units_of(rewrite.network).group
-    found = {}
-    for position, node in enumerate(rewrite.network.nodes):
-        if isinstance(node.op, MaxPool2d) and node.name in pools:
-            of = pools[node.name]
-            units = [u for p, (_, u) in zip(rewrite.network.relus, rewrite.origin, strict=True)
-                     if np.array_equal(groups[p], groups[position]) and (u < network.shapes[of][0]).all()]
-            channels = rewrite.network.shapes[position][0]
-            found[position] = _relation(position, of, 0, units[0] if units else np.arange(channels))
-    return found

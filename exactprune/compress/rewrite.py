@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
 
 from exactprune.claim import LayerVerdict, Status
 from exactprune.compress.apply import Origin, State, apply
-from exactprune.compress.budget import budget_of
+from exactprune.compress.budget import Budget, budget_of
+from exactprune.compress.joint import BOXES, Joint, applies, joint, sampled
 from exactprune.compress.levels import EXACT, Level, certified, upward
 from exactprune.compress.linear import Applied, shrink_linear
 from exactprune.compress.plan import Plan, Removal, plan_exact, removals_of
@@ -28,6 +29,8 @@ from exactprune.network import Network
 
 _WORTH_ANOTHER = 0.2  # share of the budget that has to be left for another round
 _TWINS = 0.25  # share of the budget that proportional neurons may use
+_NOMINAL = (4096, 512, 64, 8)  # times the budget that sums of worst cases may reach, where the joint deviation is bounded afresh
+_LOOSE = 60  # times the largest deviation seen: a claim above is bounded afresh, aiming for half of that
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +69,7 @@ class Rewrite:
         dead_inputs: flat indices of inputs that nothing reads (they stay: the interface does not change).
         budget: the largest deviation that was allowed.
         reach: largest absolute output attained at a point found in D, rounded down; 0 when no budget needed it.
+        boxes: the sub-boxes on which the joint deviation is bounded, where that is what the level rests on.
     """
 
     network: Network
@@ -77,6 +81,7 @@ class Rewrite:
     dead_inputs: tuple[int, ...] = ()
     budget: float = 0.0
     reach: float = 0.0
+    boxes: Joint | None = None
 
     @property
     def eps(self) -> float:
@@ -118,18 +123,55 @@ def compress_network(network: Network, domain: Box, layers: Sequence[LayerVerdic
     """
     _check(network, domain, layers)
     budget = budget_of(network, domain, max_deviation, data)
+    found = _rewritten(network, domain, layers, budget, budget.eps)
+    if not (budget.eps > 0 and applies(network, domain)):
+        return found
+    return _tightened(network, domain, layers, _further(network, domain, layers, budget, found))
+
+
+def _rewritten(network: Network, domain: Box, layers: Sequence[LayerVerdict], budget: Budget, nominal: float) -> Rewrite:
+    """Everything that fits ``nominal`` by the sum over the rewrites."""
     state, removals, steps = shrink(start(network, layers))
-    state, more, further = _twins(state, domain, budget.eps * _TWINS)
+    state, more, further = _twins(state, domain, nominal * _TWINS)
     removals, steps = removals + more, steps + further
-    if budget.eps > 0:
+    if nominal > 0:
         spent = sum((step.level for step in steps), EXACT).eps
-        state, more, further = _spend(state, domain, budget.eps - spent)
+        state, more, further = _spend(state, domain, nominal - spent)
         removals, steps = removals + more, steps + further
     state, more, further = shrink(state, linearise=True)
     removals, steps = removals + more, steps + further
     level = sum((step.level for step in steps), EXACT)
     return Rewrite(state.network, tuple(removals), tuple(steps), level, state.origin, state.verdicts,
                    unread_inputs(network), budget.eps, budget.reach)
+
+
+def _further(network: Network, domain: Box, layers: Sequence[LayerVerdict], budget: Budget, found: Rewrite) -> Rewrite:
+    """What goes beyond the sum of worst cases, where the joint deviation of the result is proved to be within the budget."""
+    left = BOXES
+    for times in _NOMINAL:
+        more = _rewritten(network, domain, layers, budget, times * budget.eps)
+        if _size(more.network) >= _size(found.network) or sampled(network, more.network, domain) > budget.eps / 2:
+            continue
+        proved = joint(network, domain, layers, more, budget.eps * 0.97, left)
+        if proved is not None and proved.eps <= budget.eps:
+            return _with(more, proved)
+        left = left // 2
+    return found
+
+
+def _tightened(network: Network, domain: Box, layers: Sequence[LayerVerdict], found: Rewrite) -> Rewrite:
+    """The same rewrite with a smaller claim, where the one it has is far above all deviations seen."""
+    seen = sampled(network, found.network, domain) if found.eps else 0.0
+    if found.eps <= _LOOSE * seen or not found.eps:
+        return found
+    proved = joint(network, domain, layers, found, _LOOSE / 2 * seen)
+    return found if proved is None or proved.eps >= found.eps else _with(found, proved)
+
+
+def _with(rewrite: Rewrite, proved: Joint) -> Rewrite:
+    text = f"the deviation of all rewrites together, bounded on {proved.leaves:,} sub-boxes: at most {upward(proved.eps)}"
+    step = Step("joint", text, {"boxes": proved.leaves, "eps": proved.eps})
+    return replace(rewrite, level=certified(proved.eps), boxes=proved, steps=(*rewrite.steps, step))
 
 
 def _twins(state: State, domain: Box, budget: float) -> tuple[State, list[Removal], list[Step]]:
