@@ -37,6 +37,7 @@ import statistics
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,8 @@ def table(rows: list[Row], steps: list[str]) -> str:
     rows = [row for row in rows if fits(row, where)]
     most = take(steps, "at most ")
     rows = rows[:int(most)] if most else rows
-    columns = [Column(text) for text in take(steps, "columns ").split(",")] if has(steps, "columns ") else [
-        Column(name) for name in (rows[0] if rows else {})]
+    named = [column(text) for text in take(steps, "columns ").split(",")] if has(steps, "columns ") else []
+    columns = named or [Column(name, name) for name in (rows[0] if rows else {})]
     bullets = "bullets" in steps
     refuse([step for step in steps if step != "bullets"])
     if not rows:
@@ -146,20 +147,28 @@ def table(rows: list[Row], steps: list[str]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+@dataclass(frozen=True)
 class Column:
-    """``NAME [as TITLE] [FORMAT]`` of a table; ``*1000:.1f`` is a factor with a format."""
+    """A column of a table: where its values are, its title, and ``.1f`` or ``*1000:.1f``, a factor with a format."""
 
-    def __init__(self, text: str) -> None:
-        found = re.fullmatch(r"\s*(.*?)(?: as (.*?))?(?:\s+((?:\*[\d.e-]+:)?[,.]\S*))?\s*", text)
-        assert found is not None
-        self.name, self.title, self.format = found[1], found[2] or found[1], found[3] or ""
+    name: str
+    title: str
+    format: str = ""
 
     def show(self, row: Row) -> str:
+        """The row's value."""
         value = at(row, self.name)
         if value in ("", None) or not self.format:
             return "" if value is None else str(value)
         factor, spec = re.fullmatch(r"(?:\*([\d.e-]+):)?(.*)", self.format).groups()  # type: ignore[union-attr]
         return shown(number(value) * float(factor or 1), spec)
+
+
+def column(text: str) -> Column:
+    """``NAME [as TITLE] [FORMAT]``."""
+    found = re.fullmatch(r"\s*(.*?)(?: as (.*?))?(?:\s+((?:\*[\d.e-]+:)?[,.]\S*))?\s*", text)
+    assert found is not None
+    return Column(found[1], found[2] or found[1], found[3] or "")
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
