@@ -103,7 +103,7 @@ def run_prune(model: Path, out: Path | None, masks: Path | None, flags: PruneFla
     if as_json:
         print(json.dumps(summary, indent=2, sort_keys=True, allow_nan=False))
     elif not quiet:
-        print(_text(result, summary))
+        print(_text(result, summary, settings, network))
     return 0
 
 
@@ -257,6 +257,8 @@ def _save_masks(result: PruneResult, path: Path) -> None:
 
 def _summary(result: PruneResult, settings: Settings, network: Network) -> dict[str, Any]:
     summary = result.report.as_dict() | {"model": network.name, "claim": "approximate: outputs change"}
+    if result.network is not None:
+        summary["macs_stored"] = result.network.macs
     if settings.data is not None:
         from exactprune.training import accuracy, load_data, mean_loss
 
@@ -271,11 +273,14 @@ def _summary(result: PruneResult, settings: Settings, network: Network) -> dict[
     return summary
 
 
-def _text(result: PruneResult, summary: dict[str, Any]) -> str:
+def _text(result: PruneResult, summary: dict[str, Any], settings: Settings, network: Network) -> str:
     report, lines = result.report, [str(result.report)]
     lines.append(f"parameters: {report.parameters:,} not masked, {report.parameters_stored:,} stored"
                  + ("" if report.macs is None else f"; MACs with kept weights: {report.macs:,} of {report.macs_dense:,}"))
-    if report.parameters_stored > report.parameters:
+    if settings.structured:
+        lines.append(f"physically smaller: {network.parameters:,} -> {report.parameters_stored:,} parameters, "
+                     f"{network.macs:,} -> {summary['macs_stored']:,} MACs; weights masked one by one are still stored")
+    elif report.parameters_stored > report.parameters:
         lines.append("a masked model is no smaller on disk; --structured removes whole dead neurons")
     if "test" in summary:
         t = summary["test"]

@@ -52,7 +52,10 @@ def test_structured_is_smaller_and_equal_to_the_masked(model, data, tmp_path, ca
     assert small.parameters < masked.parameters == exactprune.load(model).parameters
     x = np.random.default_rng(1).random((20, 6))
     np.testing.assert_allclose(small.evaluate(x, np.float64), masked.evaluate(x, np.float64), atol=1e-12)
-    assert "stored" in capsys.readouterr().out
+    assert f"83 -> {small.parameters} parameters" in capsys.readouterr().out
+    assert run([*arguments, "--structured", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["macs_stored"] == small.macs == report["macs"] and report["parameters_stored"] == small.parameters
 
 
 def test_one_file_states_an_experiment(model, data, tmp_path, capsys):
