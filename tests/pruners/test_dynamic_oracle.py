@@ -139,13 +139,11 @@ def test_nisp_importances(oracle, ranking, key):
 
 def _best(scores, prices, inputs, outputs, limit):
     """The best total importance over all subsets, by enumeration."""
-    best, cuts = -np.inf, np.cumsum([len(s) for s in scores])[:-1]
-    for bits in product((0, 1), repeat=sum(len(s) for s in scores)):
-        parts = np.split(np.array(bits), cuts)
-        counts = [int(p.sum()) for p in parts]
-        if all(counts) and total_cost([*counts, outputs], prices, inputs) <= limit:
-            best = max(best, sum(float(s @ p) for s, p in zip(scores, parts)))
-    return best
+    bits = np.array(list(product((0, 1), repeat=sum(len(s) for s in scores))))
+    parts = np.split(bits, np.cumsum([len(s) for s in scores])[:-1], axis=1)
+    counts = [part.sum(1) for part in parts]
+    allowed = (total_cost([*counts, outputs], prices, inputs) <= limit) & np.all(counts, axis=0)
+    return sum(part @ s for s, part in zip(scores, parts))[allowed].max()
 
 
 @pytest.mark.parametrize("seed", range(4))

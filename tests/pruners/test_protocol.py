@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import exactprune
 from exactprune import pruners
 from exactprune.errors import OptionError
 
@@ -98,3 +99,36 @@ def test_every_method_is_known_without_any_other_import():
             "assert int((~p.mask('scaling_up', net)['0.weight']).sum()) == 2")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("method, options", [
+    ("woodfisher", {"block": 5}), ("obc", {}), ("sparsegpt", {}), ("obs", {"block": "neuron", "damping": 1e-4}),
+    ("lottery", {"epochs": 1, "rate": 0.5}), ("set", {"epochs": 2}), ("dsr", {"epochs": 2}), ("deep-r", {"epochs": 2}),
+])
+def test_long_methods_tell_how_far_they_are(mlp, batch, method, options):
+    told: list[tuple[int, int]] = []
+    exactprune.prune(mlp, method, 0.6, batch, progress=lambda done, total: told.append((done, total)), **options)
+    done, totals = [d for d, _ in told], {total for _, total in told}
+    assert done == sorted(done) and len(totals) == 1 and done[-1] == totals.pop()
+
+
+def test_a_bar_of_the_command_line_shows_it():
+    from exactprune.cli.prune import _bar
+
+    class Bars:
+        def __init__(self):
+            self.seen = []
+
+        def stage(self, name, total=None):
+            self.seen.append([total, 0])
+
+        def advance(self, count=1):
+            self.seen[-1][1] += count
+
+        def note(self, text): ...
+
+    bars = Bars()
+    tell = _bar(bars, "obc")
+    for done, total in ((1, 3), (3, 3), (2, 4), (4, 4)):
+        tell(done, total)
+    assert bars.seen == [[3, 3], [4, 4]]
