@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from exactprune.checker import dyadic
+from exactprune.checker.backward import Substitution
 from exactprune.checker.dyadic import Array, Dyadic
 from exactprune.checker.layers import (
-    BITS,
     Interval,
     Layer,
     Linear,
@@ -24,7 +24,6 @@ from exactprune.checker.layers import (
     ReLU,
     interval,
     layers,
-    rounding_costs,
     support,
 )
 from exactprune.checker.layers import gather_constants as constants
@@ -34,7 +33,8 @@ MEMORY = 300e6  # bytes that one batch of rows may take, roughly
 CLOSE = 1e-3  # a bound that misses 0 by less than this part of the neuron's range is computed again exactly,
 ROUGH = 2.0**-14  # or by less than this part of the largest term of its coarse computation,
 EXACT_ROWS = 200  # for at most so many rows of a batch
-SLOPE = 30  # bits of a fixed slope u / (u - l) in coarse arithmetic; twice as many in exact arithmetic
+TOGETHER = 1 << 18  # numbers of a batch of rows at a node: what caches hold
+SLOPE = 60  # bits of a fixed slope u / (u - l) in exact arithmetic
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,10 +91,10 @@ class Region:
         """What belongs to every row, from what belongs to every entry; (1 or rows, ...)."""
         return entries if len(entries) == 1 or self.index is None else entries[self.index]
 
-    def interval(self, pair: Pair, exact: bool) -> Interval:
-        """Bounds as integers, flat, one row each (or one for all)."""
+    def interval(self, pair: Pair) -> Interval:
+        """Bounds as exact integers, flat, one row each (or one for all)."""
         lower, upper = (b.reshape(len(b), -1) for b in pair)
-        found = interval(lower, upper, exact)
+        found = interval(lower, upper, True)
         return Interval(self.pick(found.low), self.pick(found.high), self.pick(found.exponent))
 
 
@@ -118,6 +118,7 @@ class Bounds:
         self.layer_of = {node: k for k, node in enumerate(self.network.relus)}
         self.before = {self.network.nodes[node].inputs[0]: k for node, k in self.layer_of.items()}
         self.ranges[INPUT] = (self.box[0][None], self.box[1][None])
+        self.coarse = Substitution(self)
         self.widest = max([int(np.prod(self.network.shape_of(i))) for i in range(INPUT, len(self.layers))], default=1)
 
     def reach(self, layer: int) -> None:
@@ -192,18 +193,19 @@ class Bounds:
     def _maximise_all(self, layer: int, neurons: Array, signs: Array, region: Region, hints: Mapping[int, Multipliers],
                       exact: bool) -> tuple[Array, Array]:
         """The bounds, and the largest term on the way (roughly: it only tells what is worth a second look)."""
-        size = max(1, int(MEMORY / (self.widest * (800 if exact else 120))))
+        size = max(1, int(MEMORY / (self.widest * 800))) if exact else max(32, TOGETHER // self.widest)
         parts = [slice(i, i + size) for i in range(0, len(neurons), size)]
-        found = [self._maximise(layer, neurons[p], signs[p], region.rows(p, len(neurons)),
-                                {k: h.rows(p) for k, h in hints.items()}, exact) for p in parts]
+        maximise = self._maximise_exactly if exact else self.coarse.maximise
+        found = [maximise(layer, neurons[p], signs[p], region.rows(p, len(neurons)),
+                          {k: h.rows(p) for k, h in hints.items()}) for p in parts]
         if not found:
             return np.zeros(0), np.zeros(0)
         return np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found])
 
-    def _maximise(self, layer: int, neurons: Array, signs: Array, region: Region, hints: Mapping[int, Multipliers],
-                  exact: bool) -> tuple[Array, Array]:
+    def _maximise_exactly(self, layer: int, neurons: Array, signs: Array, region: Region,
+                          hints: Mapping[int, Multipliers]) -> tuple[Array, Array]:
         start = self.network.nodes[self.network.relus[layer]].inputs[0]
-        pending, total = self._start(start, neurons, signs, exact)
+        pending, total = self._start(start, neurons, signs)
         largest = np.zeros(len(neurons))
         for position in range(start, INPUT - 1, -1):
             v = pending.pop(position, None)
@@ -211,11 +213,9 @@ class Bounds:
                 continue
             largest = np.maximum(largest, self._magnitude(v, position))
             if position == INPUT:
-                total = dyadic.add(total, support(v, region.interval(region.box, exact)))
+                total = dyadic.add(total, support(v, region.interval(region.box)))
                 break
-            v, cost = self._tidy(v, position, exact)
-            total = dyadic.add(total, cost) if cost else total
-            w, constant = self._step(position, v, region, hints, exact)
+            w, constant = self._step(position, replace(v, values=v.values.astype(object)), region, hints)
             total = dyadic.add(total, constant) if constant else total
             for source in self.network.nodes[position].inputs:
                 pending[source] = dyadic.add(pending.get(source), w)
@@ -228,10 +228,10 @@ class Bounds:
         with np.errstate(over="ignore"):
             return np.ldexp(span, np.clip(dyadic.row_width(v.values) + v.exponent, -2000, 2000))
 
-    def _start(self, node: int, neurons: Array, signs: Array, exact: bool) -> tuple[dict[int, Dyadic], Dyadic | None]:
+    def _start(self, node: int, neurons: Array, signs: Array) -> tuple[dict[int, Dyadic], Dyadic | None]:
         layer = self.layers[node] if node != INPUT else None
         if isinstance(layer, Linear) and len(set(signs.tolist())) == 1:
-            found = layer.rows(neurons, int(signs[0]), exact)
+            found = layer.rows(neurons, int(signs[0]))
             if found is not None:
                 return {self.network.nodes[node].inputs[0]: found[0]}, found[1]
         shape = self.network.shape_of(node)
@@ -240,45 +240,28 @@ class Bounds:
         zero = np.zeros(len(neurons), np.int64)
         return {node: Dyadic(unit.reshape(-1, *shape), zero)}, Dyadic(zero.astype(object), zero)
 
-    def _tidy(self, v: Dyadic, position: int, exact: bool) -> tuple[Dyadic, Dyadic | None]:
-        """Rows rounded up to ``BITS`` bits, and what that costs."""
-        if exact:
-            return replace(v, values=v.values.astype(object)), None
-        rounded, changed = dyadic.round_up(v, BITS)
-        if not changed.any():
-            return rounded, None
-        lower = self.ranges[position][0].reshape(-1)
-        if position in self.before and self.before[position] < len(self.lower):
-            lower = np.maximum(lower, self.lower[self.before[position]])
-        if not (lower < 0).any():
-            return rounded, None
-        moved = rounded.values << dyadic.column(rounded.exponent - v.exponent, v.values) != v.values
-        return rounded, rounding_costs(moved.reshape(len(moved), -1), rounded.exponent, lower)
-
-    def _step(self, position: int, v: Dyadic, region: Region, hints: Mapping[int, Multipliers],
-              exact: bool) -> tuple[Dyadic, Dyadic | None]:
+    def _step(self, position: int, v: Dyadic, region: Region,
+              hints: Mapping[int, Multipliers]) -> tuple[Dyadic, Dyadic | None]:
         layer = self.layers[position]
         if isinstance(layer, MaxPool):
-            return layer.relax(v, *(region.pick(b) for b in region.pool[position]), exact=exact)
+            return layer.relax(v, *(region.pick(b) for b in region.pool[position]), exact=True)
         if not isinstance(layer, ReLU):
-            return layer.backward(v, exact)
+            return layer.backward(v, True)
         k = self.layer_of[position]
         flat = replace(v, values=v.values.reshape(len(v.values), -1))
-        w, constant = relax(flat, k, region, hints.get(k), exact)
+        w, constant = relax(flat, k, region, hints.get(k))
         return replace(w, values=w.values.reshape(v.values.shape)), constant
 
 
-def relax(v: Dyadic, layer: int, region: Region, hint: Multipliers | None, exact: bool) -> tuple[Dyadic, Dyadic]:
-    """v . relu(z_hat) <= a . z_hat + c for z_hat in the region's bounds of a ReLU layer.
-
-    Coarse rows have at most BITS + 1 bits and bounds POINT + 1, so all products are below 2**56.
-    """
-    bounds = region.interval(region.relu[layer], exact)
+def relax(v: Dyadic, layer: int, region: Region, hint: Multipliers | None) -> tuple[Dyadic, Dyadic]:
+    """v . relu(z_hat) <= a . z_hat + c for z_hat in the region's bounds of a ReLU layer, exactly."""
+    bounds = region.interval(region.relu[layer])
     if hint is not None:
-        v = _common_grid(v, hint, exact)
-    a = _fixed(v.values, region, layer, exact)
+        v = _common_grid(v, hint)
+    a = _fixed(v.values, region, layer)
     if hint is not None:
-        a = np.where(hint.given, _given(hint, v.exponent, v.divisor, exact), a)
+        given = dyadic.shift_left(hint.values.astype(object), (-hint.shift - v.exponent)[:, None]) * v.divisor
+        a = np.where(hint.given, given, a)
     low, high = bounds.low, bounds.high
     c = np.maximum(v.values * np.maximum(low, 0) - a * low, v.values * np.maximum(high, 0) - a * high)
     c = np.where((low < 0) & (high > 0) & (c < 0), 0, c)
@@ -286,34 +269,18 @@ def relax(v: Dyadic, layer: int, region: Region, hint: Multipliers | None, exact
     return Dyadic(a, v.exponent, v.divisor), replace(total, divisor=v.divisor)
 
 
-def _fixed(v: Array, region: Region, layer: int, exact: bool) -> Array:
+def _fixed(v: Array, region: Region, layer: int) -> Array:
     """The fixed rule: 0 if u <= 0; v if l >= 0; else v u / (u - l) for v >= 0, and for v < 0, v if u > -l else 0."""
-    bits = 2 * SLOPE if exact else SLOPE
     lower, upper = region.relu[layer]
     with np.errstate(all="ignore"):
         ratio = np.clip(np.nan_to_num(upper / (upper - lower), nan=0.5), 0.0, 1.0)
     chord = np.where(upper <= 0, 0.0, np.where(lower >= 0, 1.0, ratio))
-    above = np.rint(np.ldexp(chord, bits)).astype(np.int64)
-    below = np.where((upper <= 0) | ((lower < 0) & (upper <= -lower)), 0, 1 << bits).astype(np.int64)
-    if exact:
-        above, below = above.astype(object), below.astype(object)
-    return (v * np.where(v >= 0, region.pick(above), region.pick(below)) + (1 << (bits - 1))) >> bits
+    above = np.rint(np.ldexp(chord, SLOPE)).astype(np.int64).astype(object)
+    below = np.where((upper <= 0) | ((lower < 0) & (upper <= -lower)), 0, 1 << SLOPE).astype(object)
+    return (v * np.where(v >= 0, region.pick(above), region.pick(below)) + (1 << (SLOPE - 1))) >> SLOPE
 
 
-def _common_grid(v: Dyadic, hint: Multipliers, exact: bool) -> Dyadic:
-    """The rows on a grid that holds the given multipliers too: finer where exact, else coarser if they need it."""
-    if exact:
-        exponent = np.minimum(v.exponent, -hint.shift)
-        return Dyadic(dyadic.shift_left(v.values.astype(object), (v.exponent - exponent)[:, None]), exponent, v.divisor)
-    largest = np.abs(np.where(hint.given, hint.values, 0).astype(np.float64)).max(axis=1, initial=0.0)
-    need = np.where(largest > 0, np.frexp(largest)[1] - hint.shift - BITS, v.exponent)
-    excess = np.maximum(need - v.exponent, 0)
-    return Dyadic(dyadic.shift_right_up(v.values, excess[:, None]), v.exponent + excess, v.divisor)
-
-
-def _given(hint: Multipliers, exponent: Array, divisor: int, exact: bool) -> Array:
-    """The given multipliers as integers on the rows' grid (rounded where coarse: any number is a valid multiplier)."""
-    if exact:
-        return dyadic.shift_left(hint.values.astype(object), (-hint.shift - exponent)[:, None]) * divisor
-    scaled = np.ldexp(np.where(hint.given, hint.values, 0).astype(np.float64), (-hint.shift - exponent)[:, None])
-    return np.rint(np.clip(scaled, -(2.0**BITS), 2.0**BITS)).astype(np.int64)
+def _common_grid(v: Dyadic, hint: Multipliers) -> Dyadic:
+    """The rows on a finer grid that holds the given multipliers too."""
+    exponent = np.minimum(v.exponent, -hint.shift)
+    return Dyadic(dyadic.shift_left(v.values.astype(object), (v.exponent - exponent)[:, None]), exponent, v.divisor)

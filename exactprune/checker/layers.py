@@ -86,21 +86,6 @@ def rounding_cost(changed: Array, exponent: Array, lower: Array) -> Dyadic:
     return Dyadic(changed.astype(object) * int(value[0]), exponent + base)
 
 
-def rounding_costs(changed: Array, exponent: Array, lower: Array) -> Dyadic | None:
-    """As ``rounding_cost``, with the entries that changed: a mask (rows, n); ``lower`` (n,). None if it costs nothing.
-
-    The slacks max(-lower, 0) are rounded up to integers of at most 53 - (bits of n) bits, so that their sums are exact in
-    float64 in any order.
-    """
-    slack = np.maximum(-lower, 0.0)
-    some = np.flatnonzero(slack)
-    if not len(some):
-        return None
-    grid = int(np.frexp(slack.max())[1]) - (52 - len(some).bit_length())
-    whole = dyadic.scale_up(slack[some], -grid).astype(np.float64)
-    return Dyadic((changed[:, some] @ whole).astype(np.int64).astype(object), exponent + grid)
-
-
 def _pad(x: Array, pads: Sequence[Sequence[int]], value: float) -> Array:
     """Constant padding of (rows, *shape); ``np.pad`` would put numpy integers, which wrap, among Python integers."""
     shape = (len(x), *(n + before + after for n, (before, after) in zip(x.shape[1:], pads, strict=True)))
@@ -139,6 +124,15 @@ class Windows:
         for place, (r, c) in enumerate(self._places()):
             total[:, :, r, c] += windows[..., place]
         return total[:, :, top : top + height, left : left + width]
+
+    def scatter_rows(self, windows: Array) -> Array:
+        """``scatter`` with places second and rows last: (C, places, H_out, W_out, rows) into (C, H, W, rows)."""
+        top, left, bottom, right = self.padding
+        _, height, width = self.shape
+        total = np.zeros((len(windows), height + top + bottom, width + left + right, windows.shape[-1]), windows.dtype)
+        for place, (r, c) in enumerate(self._places()):
+            total[:, r, c] += windows[:, place]
+        return total[:, top : top + height, left : left + width]
 
 
 def windows(op: Op, shape: Shape, out: Shape) -> Windows:
@@ -323,7 +317,8 @@ class Linear(Layer):
         bias = op.arrays["bias"].astype(np.float64)
         self.bias = np.broadcast_to(bias.reshape(-1, *(1,) * (len(out) - 1)), out)[None]
         taps = prod(self.windows.kernel) if self.windows else 1
-        self.terms = max(self.weight.shape[1] * taps, self.weight.shape[2], 1)
+        self.backward_terms = max(self.weight.shape[1] * taps, 1)
+        self.terms = max(self.backward_terms, self.weight.shape[2])
 
     # columns (G, N, K) <-> input (rows, *shape), and outputs (G, N, O) <-> (rows, *out)
 
@@ -354,6 +349,28 @@ class Linear(Layer):
         split = v.reshape(len(v), self.groups, -1, prod(self.windows.out))
         return split.transpose(1, 0, 3, 2).reshape(self.groups, len(v) * prod(self.windows.out), -1)
 
+    def forward(self, x: Array, weight: Array) -> Array:
+        """The operator without bias at points (points, *shape), for other weights (G, O, K), in float64."""
+        return self._outputs(np.matmul(self._columns(x), weight.transpose(0, 2, 1)), len(x))
+
+    def unit_rows(self, outputs: Array) -> tuple[Array, Array]:
+        """The rows y[outputs] as floats: weights (*shape, rows) and biases (rows,)."""
+        rows = np.arange(len(outputs))
+        bias = self.bias.reshape(-1)[outputs]
+        if self.windows is None:
+            return np.ascontiguousarray(self.weight[0, outputs].T), bias
+        (height, width), (top, left, bottom, right) = self.windows.out, self.windows.padding
+        channel, place = np.divmod(outputs, height * width)
+        group, channel = np.divmod(channel, self.weight.shape[1])
+        weight = self.weight[group, channel].reshape(len(outputs), -1, *self.windows.kernel)  # (rows, C, kh, kw)
+        inputs = group[:, None] * weight.shape[1] + np.arange(weight.shape[1])
+        total = np.zeros((self.shape[0], self.shape[1] + top + bottom, self.shape[2] + left + right, len(outputs)))
+        for i, j in np.ndindex(*self.windows.kernel):
+            row = place // width * self.windows.stride[0] + i * self.windows.dilation[0]
+            column = place % width * self.windows.stride[1] + j * self.windows.dilation[1]
+            total[inputs, row[:, None], column[:, None], rows[:, None]] = weight[:, :, i, j]
+        return total[:, top : top + self.shape[1], left : left + self.shape[2]], bias
+
     def _apply(self, x: Array, weights: Matrix) -> Array:
         return dyadic.product(self._columns(x), weights, True, lambda y: self._outputs(y, len(x)))
 
@@ -365,7 +382,7 @@ class Linear(Layer):
 
     def prepare(self, lower: Array, upper: Array) -> None:
         """Keep the input's range; what depends on it is computed when it is needed."""
-        self._lower, self._size = lower, np.maximum(np.abs(lower), np.abs(upper))
+        self._lower, self.size = lower, np.maximum(np.abs(lower), np.abs(upper))
         self.__dict__.pop("_rounded", None)
 
     @cached_property
@@ -375,8 +392,8 @@ class Linear(Layer):
         exponent = int(np.frexp(np.abs(self.weight).max(initial=0.0))[1]) - bits
         values = np.rint(np.ldexp(self.weight, -exponent))
         missed = (np.ldexp(values, exponent) != self.weight).astype(np.int64)
-        grid = int(np.frexp(self._size.max(initial=0.0))[1]) - 20
-        touched = self._apply(dyadic.scale_up(self._size, -grid), dyadic.matrix(missed, 0, self.terms))
+        grid = int(np.frexp(self.size.max(initial=0.0))[1]) - 20
+        touched = self._apply(dyadic.scale_up(self.size, -grid), dyadic.matrix(missed, 0, self.terms))
         error = np.ldexp(np.nextafter(touched.astype(np.float64), np.inf), grid + exponent)  # abs(missed) < 2**exponent
         error = np.where(touched == 0, 0.0, np.maximum(error, 2.0**dyadic.TINY))
         bias = -dyadic.add_up(-self.bias, error), dyadic.add_up(self.bias, error)
@@ -415,23 +432,18 @@ class Linear(Layer):
         return dyadic.add_up(dyadic.to_float_up(y), self._bias[1] if sign > 0 else -self._bias[0])
 
     def backward(self, v: Dyadic, exact: bool) -> tuple[Dyadic, Dyadic | None]:
-        """Backward substitution; see ``Layer``."""
-        weights = (self._exact if exact else self._coarse)[0]
-        low, high = (self.bias, self.bias) if exact else self._bias
-        constant = support(v, interval(low.reshape(1, -1), high.reshape(1, -1), exact))
+        """Backward substitution without any rounding (coarse rows take the steps of ``backward``); see ``Layer``."""
+        weights, bias = self._exact[0], self.bias.reshape(1, -1)
+        constant = support(v, interval(bias, bias, True))
         values = dyadic.product(self._from_outputs(v.values), weights, False, lambda x: self._from_columns(x,
                                                                                                            len(v.values)))
         return Dyadic(values, v.exponent + weights.exponent, v.divisor), constant
 
-    def rows(self, outputs: Array, sign: int, exact: bool) -> tuple[Dyadic, Dyadic] | None:
-        """``backward`` of the unit rows sign * y[outputs], each on a grid of its own; affine layers only."""
+    def rows(self, outputs: Array, sign: int) -> tuple[Dyadic, Dyadic] | None:
+        """``backward`` of the unit rows sign * y[outputs]; affine layers only."""
         if self.windows is not None:
             return None
-        weight, bias = sign * self.weight[0, outputs], sign * self.bias[0, outputs]
-        if exact:
-            return dyadic.from_float(weight), dyadic.from_float(bias)
-        v, changed = dyadic.from_float_up(weight, BITS)
-        return v, dyadic.add(rounding_cost(changed, v.exponent, self._lower), dyadic.from_float(bias))
+        return dyadic.from_float(sign * self.weight[0, outputs]), dyadic.from_float(sign * self.bias[0, outputs])
 
 
 def _points(lower: Array, upper: Array, exact: bool) -> tuple[Dyadic, Dyadic]:
