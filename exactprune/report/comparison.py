@@ -85,6 +85,7 @@ class Study:
         image: shape in which an input is a picture; found out by default.
         classes: names of the classes.
         title: of the report; the model's name by default.
+        timing: seconds for measuring the time of a call at each batch size.
 
     Raises:
         OptionError: a value lies outside its range.
@@ -111,6 +112,7 @@ class Study:
     image: tuple[int, ...] | None = None
     classes: tuple[str, ...] | None = None
     title: str = ""
+    timing: float = 0.15
 
     def __post_init__(self) -> None:
         _require(bool(self.ratios) and min(self.ratios) >= 1, "ratios", self.ratios, "numbers >= 1")
@@ -118,8 +120,8 @@ class Study:
         _require(self.finetune >= 0 and self.samples > 0 and self.tests > 0, "finetune, samples or tests",
                  (self.finetune, self.samples, self.tests), "epochs >= 0 and sample counts > 0")
         _require(self.train_samples is None or self.train_samples > 0, "train_samples", self.train_samples, "a number > 0")
-        _require(self.certify >= 0 and self.radius >= 0 and self.exact >= 0, "certify, radius or exact",
-                 (self.certify, self.radius, self.exact), "numbers >= 0")
+        _require(self.certify >= 0 and self.radius >= 0 and self.exact >= 0 and self.timing >= 0,
+                 "certify, radius, exact or timing", (self.certify, self.radius, self.exact, self.timing), "numbers >= 0")
         _require(len(self.domain) == 2 and self.domain[0] <= self.domain[1], "domain", self.domain, "two numbers, lower first")
         _require(self.image is None or len(self.image) in (2, 3), "image", self.image, "height, width, or 1 or 3 channels first")
         _require(not {"epochs", "seed"} & set(self.train), "train", dict(self.train), "no epochs (finetune), no seed (seeds)")

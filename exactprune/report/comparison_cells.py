@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from exactprune.report.comparison import Study
     from exactprune.training import DataSet
 
-VERSION = 1  # of what a cell holds; a change makes stored cells unknown
+VERSION = 4  # of what a cell holds; a change makes stored cells unknown
 DENSE, LOSSLESS = "dense", "lossless"
 
 
@@ -112,7 +112,7 @@ class Bench:
         asked = {"version": VERSION, "network": self.network.sha256, "data": self.data_hash, "cell": cell,
                  "options": s.options.get(cell.method, {}), "training": (s.finetune, s.train, s.train_samples),
                  "samples": (s.samples, len(self.x), len(self.near), s.radius), "domain": self.domain.sha256,
-                 "time_limit": s.time_limit if cell.after or cell.name == LOSSLESS else 0, "exact": s.exact}
+                 "time_limit": s.time_limit if cell.after or cell.name == LOSSLESS else 0, "exact": s.exact, "timing": s.timing}
         return hashlib.sha256(compact(jsonable(asked)).encode()).hexdigest()[:20]
 
     @cached_property
@@ -127,7 +127,8 @@ class Bench:
         """A cell's row; where a method cannot do it, ``failed`` says why."""
         head = {"method": cell.name, "ratio": cell.ratio, "seed": cell.seed, "cell": self.key(cell)}
         if cell.name == DENSE:
-            return head | self.facts(self.network, self.network)
+            largest = float(np.abs(self.outputs).max(initial=0.0))
+            return head | self.facts(self.network, self.network) | {"largest_output": largest}
         if cell.name == LOSSLESS:
             return head | self.facts(self.lossless, self.lossless, known=self._claimed) | {"level": str(self._smaller.level)}
         try:
@@ -166,10 +167,8 @@ class Bench:
             began = perf_counter()
             last = self._trained(found.module, found.masks, cell.seed)
             trained = perf_counter() - began
-        facts = self.facts(last, first, start)
-        names = {layer.name for layer in found.report.layers if layer.collapsed}
-        facts["collapsed"] = sorted(names) or facts["collapsed"]
-        return facts | {"seconds": seconds, "seconds_training": trained, "notes": list(found.report.notes)}
+        notes = list(found.report.notes)
+        return self.facts(last, first, start) | {"seconds": seconds, "seconds_training": trained, "notes": notes}
 
     def _decision(self, cell: Cell, start: Network) -> tuple[Any, float]:
         """The pruned network and the seconds it took; the same for every seed where the method has none."""
@@ -226,9 +225,10 @@ class Bench:
         return {**counted, "accuracy_pruned": self._accuracy(outputs if first is g else self.outputs_of(first)),
                 "accuracy": self._accuracy(outputs), "deviation_upper": found.upper, "deviation_lower": found.lower,
                 "deviation_upper_pruned": before.upper, "deviation_lower_pruned": before.lower,
-                **self.classes(g, outputs, found), **times(self.network, g), "seconds": 0.0, "seconds_training": 0.0,
+                **self.classes(g, outputs, found), **times(self.network, g, self.study.timing), "seconds": 0.0,
+                "seconds_training": 0.0,
                 "collapsed": [layer["name"] for layer in counted["layers"] if layer["total"] and not layer["kept"]],
-                "constant": bool(np.ptp(outputs, axis=0).max(initial=0.0) == 0) and len(outputs) > 1, "notes": []}
+                "constant": len(set(outputs.argmax(axis=1))) == 1 < len(set(self.outputs.argmax(axis=1))), "notes": []}
 
     def outputs_of(self, network: Network) -> np.ndarray:
         """(samples, outputs) of the test samples, as the network is run."""

@@ -27,7 +27,7 @@ from exactprune.network import Network
 from exactprune.ops import Affine, Conv2d
 
 BATCHES = (1, 64, 1024)
-_LEAST, _MOST, _SECONDS = 7, 51, 0.15
+_LEAST, _MOST = 7, 51
 
 
 # -- sizes ---------------------------------------------------------------------------------------------------------------
@@ -109,8 +109,13 @@ def _smaller(array: np.ndarray) -> Any:
 # -- times ---------------------------------------------------------------------------------------------------------------
 
 
-def times(original: Network, network: Network) -> dict[str, Any]:
-    """Median seconds of a call at every batch size: ``network``, its sparse version, and ``original`` in turns with them."""
+def times(original: Network, network: Network, seconds: float = 0.15) -> dict[str, Any]:
+    """Median seconds of a call at every batch size: ``network``, its sparse version, and ``original`` in turns with them.
+
+    Args:
+        original, network: of one interface.
+        seconds: to spend at each batch size, as far as 7 to 51 rounds allow.
+    """
     calls = [to_torch(original), to_torch(network)]
     sparse = _sparse(to_torch(network))
     calls += [] if sparse is None else [sparse]
@@ -118,7 +123,7 @@ def times(original: Network, network: Network) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     for batch in BATCHES:
         x = torch.rand((batch, *original.input_shape), generator=generator).to(_dtype(original))
-        medians = _medians(calls, x)
+        medians = _medians(calls, x, seconds)
         names = (f"latency_dense_{batch}", f"latency_{batch}", f"sparse_latency_{batch}")
         found |= dict(zip(names, (*medians, None), strict=False))
     return found
@@ -128,11 +133,11 @@ def _dtype(network: Network) -> torch.dtype:
     return torch.float64 if network.dtype == np.float64 else torch.float32
 
 
-def _medians(calls: Sequence[nn.Module], x: Tensor) -> list[float]:
+def _medians(calls: Sequence[nn.Module], x: Tensor, seconds: float) -> list[float]:
     with torch.inference_mode():
         for call in calls:
             call(x)
-        rows, end = [], time.perf_counter() + _SECONDS
+        rows, end = [], time.perf_counter() + seconds
         while len(rows) < _LEAST or (len(rows) < _MOST and time.perf_counter() < end):
             order = sorted(range(len(calls)), key=lambda k: (k + len(rows)) % len(calls))
             taken = {k: _seconds(calls[k], x) for k in order}

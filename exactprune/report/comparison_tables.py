@@ -48,7 +48,7 @@ class Table:
 
     id: str
     title: str
-    note: str
+    notes: tuple[str, ...]
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
 
@@ -69,11 +69,11 @@ def tables_of(facts: Mapping[str, Any]) -> list[Table]:
     return [maker(facts, entries) for maker in makers]
 
 
-def _table(name: str, title: str, note: str, columns: Sequence[Column], entries: Sequence[tuple[Summary, bool]],
+def _table(name: str, title: str, notes: Sequence[str], columns: Sequence[Column], entries: Sequence[tuple[Summary, bool]],
            build: Build) -> Table:
     heads = (Column("Method", False), Column("Ratio"), *columns)
     rows = [Row(s["method"], _ratio(s["ratio"]), (*_head(s), *build(s)), control) for s, control in entries]
-    return Table(name, title, note, heads, tuple(rows))
+    return Table(name, title, tuple(notes), heads, tuple(rows))
 
 
 def _head(s: Summary) -> tuple[Cell, Cell]:
@@ -82,8 +82,8 @@ def _head(s: Summary) -> tuple[Cell, Cell]:
 
 def _changes(facts: Mapping[str, Any], entries: Sequence[tuple[Summary, bool]]) -> Table:
     trained, study = bool(facts["study"]["finetune"]), facts["study"]
-    names = ["Accuracy", "After training", "Certified, before training", "Deviation, certified", "Deviation, found",
-             "Class cannot change", "Nor nearby", "Class changed"]
+    names = ["Accuracy, %", "After training, %", "Certified, before training", "Deviation, certified", "Deviation, found",
+             "Class cannot change", "Nor nearby", "Class changed, %"]
     shown = [i for i in range(len(names)) if trained or i not in (1, 2)]
 
     def build(s: Summary) -> list[Cell]:
@@ -92,18 +92,18 @@ def _changes(facts: Mapping[str, Any], entries: Sequence[tuple[Summary, bool]]) 
                  _share(s["unchangeable"]), _share(s["unchangeable_near"]), _both(s["changed"])]
         return [cells[i] for i in shown]
 
-    epochs = (f", before and after {_plural(study['finetune'], 'epoch')} of training with the masks kept; the columns that "
-              "follow are about the trained network") if trained else ""
-    return _table(
-        "changes", "What changes, and what cannot",
-        f"Accuracy: percent of {facts['samples']:,} test samples, mean ± standard deviation over "
-        f"{_plural(len(study['seeds']), 'seed')}{epochs}. "
-        "Deviation: the largest difference of any output from the original's anywhere in the domain; certified is never "
-        "exceeded, found was attained; the largest over seeds. "
-        "Class cannot change: share of the test samples to which no network within that bound can give another class. "
-        f"Nor nearby: share of the first {facts['certified_samples']:,} of them for which original and pruned network provably "
-        f"give the same class to every input within ±{study['radius']:.3g} of the sample; the smallest over seeds. "
-        "Class changed: percent of the test samples, counted.", [Column(names[i]) for i in shown], entries, build)
+    seeds, near = _plural(len(study["seeds"]), "seed"), facts["certified_samples"]
+    notes = [f"Accuracy: on {facts['samples']:,} test samples, mean ± standard deviation over {seeds}.",
+             "Deviation: the largest difference of any output from the original's, anywhere in the domain. Certified is never "
+             "exceeded, found was attained; the largest over seeds.",
+             "Class cannot change: share of the test samples to which no network within that bound can give another class.",
+             f"Nor nearby: share of the first {near:,} test samples for which original and pruned network provably give the same "
+             f"class to every input within ±{study['radius']:.3g} of the sample; the smallest over seeds.",
+             "Class changed: test samples to which the two networks give different classes, counted."]
+    if trained:
+        notes.insert(1, f"After training: {_plural(study['finetune'], 'epoch')} with the masks kept. The columns that follow are "
+                        "about the trained network, unless they say otherwise.")
+    return _table("changes", "What changes, and what cannot", notes, [Column(names[i]) for i in shown], entries, build)
 
 
 def _sizes(facts: Mapping[str, Any], entries: Sequence[tuple[Summary, bool]]) -> Table:
@@ -116,10 +116,11 @@ def _sizes(facts: Mapping[str, Any], entries: Sequence[tuple[Summary, bool]]) ->
                 _bytes(s["bytes_sparse"])]
 
     return _table("sizes", "Sizes",
-                  "Ratio: weights of the original for each weight that was asked to stay; for lossless, what came out. "
-                  "Parameters include biases. MACs are multiply-accumulates for one input: those with a non-zero weight, and all "
-                  "that a dense kernel does. Bytes on disk: the model file as saved; sparse: a file that keeps weights in "
-                  "compressed rows wherever that is smaller.", [Column(name) for name in columns], entries, build)
+                  ["Ratio: weights of the original for each weight that was asked to stay; for lossless, what came out.",
+                   "Parameters include biases. Times fewer: than the original's.",
+                   "MACs: multiply-accumulates for one input, those with a non-zero weight, and all that a dense kernel does.",
+                   "Bytes on disk: the model file as saved. Sparse: a file that keeps weights in compressed rows wherever that "
+                   "is smaller."], [Column(name) for name in columns], entries, build)
 
 
 def _times(facts: Mapping[str, Any], entries: Sequence[tuple[Summary, bool]]) -> Table:
@@ -130,18 +131,19 @@ def _times(facts: Mapping[str, Any], entries: Sequence[tuple[Summary, bool]]) ->
 
     threads = facts["hardware"]["threads"]
     return _table("times", "Time of a call (measured)",
-                  "Median time of a call, and in brackets how many times as fast as the original, which took turns with it "
-                  f"(below 1: slower). PyTorch on a CPU, {_plural(threads, 'thread')}. Dense kernels multiply the zeros of a "
-                  "mask too, so only a smaller network gains; sparse kernels keep the matrices of linear layers in compressed rows "
-                  "(convolutions stay dense).", columns, entries, build)
+                  ["Median time of a call; in brackets, how many times as fast as the original, which took turns with it (below "
+                   f"1: slower). PyTorch on a CPU, {_plural(threads, 'thread')}.",
+                   "Dense kernels multiply the zeros of a mask too, so that only a smaller network gains.",
+                   "Sparse kernels keep the matrices of linear layers in compressed rows; convolutions stay dense."],
+                  columns, entries, build)
 
 
 def _churn(facts: Mapping[str, Any], entries: Sequence[tuple[Summary, bool]]) -> Table:
     classes, names = list(facts["dense"]["churn"]), facts["data"]["classes"]
     columns = [Column("All"), *[Column(names[int(c)] if int(c) < len(names) else c, shade="churn") for c in classes]]
     return _table("churn", "Changed classes, by class",
-                  "Of the test samples that the original puts into a class, the share that the other network puts into another "
-                  "one, mean over seeds. The stronger the colour, the larger the share.", columns, entries,
+                  ["Of the test samples that the original puts into a class, the share that the other network puts into another "
+                   "one, mean over seeds. The stronger the colour, the larger the share."], columns, entries,
                   lambda s: [_short(s["changed"]["mean"]), *[_short(s["churn"][c]) for c in classes]])
 
 
@@ -149,14 +151,15 @@ def _densities(facts: Mapping[str, Any], entries: Sequence[tuple[Summary, bool]]
     layers = [layer["name"] for layer in facts["dense"]["layers"]]
 
     def build(s: Summary) -> list[Cell]:
-        words = [*s["collapsed_layers"], *([f"output constant in {_plural(s['constant'], 'run')}"] if s["constant"] else [])]
+        words = [*s["collapsed_layers"], *([f"one class in {_plural(s['constant'], 'run')}"] if s["constant"] else [])]
         gone = Cell(", ".join(words) or "none", s["collapsed"] + s["constant"], bool(words))
         return [*[_density(d["density"]) for d in s["densities"]], gone]
 
     return _table("densities", "Density by layer",
-                  "Share of each layer's weights that is not 0, mean over seeds; after lossless compression, of the smaller "
-                  "layer's weights. A layer of which nothing is left is collapsed: the output no longer depends on the input. "
-                  "Output constant: every test sample got the same output, though no single layer is empty.",
+                  ["Share of each layer's weights that is not 0, mean over seeds; after lossless compression, of the smaller "
+                   "layer's weights.",
+                   "Collapsed: nothing is left of a layer, so the output no longer depends on the input. One class: every test "
+                   "sample gets the same class, though no layer is empty."],
                   [*[Column(name, shade="density") for name in layers], Column("Collapsed", False)],
                   [(s, c) for s, c in entries if len(s["densities"]) == len(layers)], build)
 

@@ -69,11 +69,11 @@ def _combined(facts: Mapping[str, Any]) -> list[str]:
 def _collapsed(facts: Mapping[str, Any]) -> list[str]:
     found = [f"{s['method']} at {s['ratio']:g}x ({', '.join(s['collapsed_layers'])}; {s['collapsed']} of {s['seeds']} runs)"
              for s in facts["summary"] if s["collapsed"]]
-    found += [f"{s['method']} at {s['ratio']:g}x (every test sample got the same output in {s['constant']} of {s['seeds']} runs)"
+    found += [f"{s['method']} at {s['ratio']:g}x (every test sample got the same class in {s['constant']} of {s['seeds']} runs)"
               for s in facts["summary"] if s["constant"]]
     if not found:
         return []
-    return [f"Collapsed (the output no longer depends on the input): {'; '.join(found)}."]
+    return [f"Collapsed (nothing is left of a layer, or all inputs get one class): {'; '.join(found)}."]
 
 
 def _failed(facts: Mapping[str, Any]) -> list[str]:
@@ -98,7 +98,8 @@ def comparison_markdown(facts: Mapping[str, Any]) -> str:
     parts = ["\n".join(head)]
     for table in tables_of(facts):
         rows = [[cell.text for cell in row.cells] for row in table.rows]
-        parts.append(f"## {table.title}\n\n{plain(table.note)}\n\n" + markdown_table([c.label for c in table.columns], rows))
+        notes = "\n".join(f"- {plain(note)}" for note in table.notes)
+        parts.append(f"## {table.title}\n\n{notes}\n\n{markdown_table([c.label for c in table.columns], rows)}")
     settings = [["command", facts["command"]], ["model sha256", facts["model"]["network_sha256"]],
                 ["data", f"{facts['data']['name']}, sha256 {facts['data']['sha256']}"],
                 *[[name, str(value)] for name, value in study.items() if value not in (None, "", {}, [])],

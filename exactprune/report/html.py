@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from importlib.resources import files
 from pathlib import Path
@@ -62,33 +62,12 @@ def write_report(folder: str | Path, output: str | Path | None = None, *,
 
 def render_html(facts: Mapping[str, Any]) -> str:
     """The page of a run's facts; equal facts give equal bytes."""
-    style, script = _asset("report.css"), _asset("report.js")
-    return _environment().get_template("report.html").render(
-        f=facts, policy=_policy(style, script), style=Markup(style), script=Markup(script), island=Markup(island(facts)),
+    style, script = asset("report.css"), asset("report.js")
+    return environment().get_template("report.html").render(
+        f=facts, policy=policy(style, script), style=Markup(style), script=Markup(script), island=Markup(island(facts)),
         statuses=_STATUSES, layers=[_drawn(layer, facts["kinds"]) for layer in facts["layers"]],
         curve=plots.curve_plot(facts["curve"], "Neurons left at each allowed deviation"),
         longest=max((float(s["seconds"]) for s in facts["stages"]), default=0.0) or 1.0)
-
-
-def render_comparison(facts: Mapping[str, Any]) -> str:
-    """The page of a comparison's facts (``comparison.run_study``); equal facts give equal bytes."""
-    style, rows = _asset("report.css"), facts["summary"]
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    pictures = {"accuracy": plots.line_plot(_series(rows, methods, lambda r: r["accuracy"]["mean"]), facts["dense"]["accuracy"],
-                                            "Accuracy of each method over the ratio", floor=0.0),
-                "deviation": plots.line_plot(_series(rows, methods, lambda r: _log(r["deviation_upper"])), None,
-                                             "Certified deviation of each method over the ratio, logarithmic")}
-    return _environment().get_template("comparison.html").render(f=facts, policy=_policy(style, ""), style=Markup(style),
-                                                                 methods=methods, pictures=pictures)
-
-
-def _series(rows: Sequence[Mapping[str, Any]], methods: Sequence[str],
-            value: Callable[[Mapping[str, Any]], float]) -> list[list[float]]:
-    return [[value(row) for row in rows if row["method"] == method] for method in methods]
-
-
-def _log(value: float | str) -> float:
-    return math.log10(max(float(value), 1e-12))
 
 
 def island(facts: Mapping[str, Any]) -> str:
@@ -126,7 +105,8 @@ def _drawn(layer: Mapping[str, Any], kinds: Sequence[Mapping[str, str]]) -> dict
             "channels": channels and len(channels["inactive"])}
 
 
-def _policy(style: str, script: str) -> str:
+def policy(style: str, script: str) -> str:
+    """The Content-Security-Policy of a page with this style and script."""
     return (f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; base-uri 'none'; "
             "form-action 'none'")
 
@@ -135,11 +115,13 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """A file of the templates folder."""
     return files("exactprune.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Templates with autoescape, strict about what is missing."""
     env = Environment(loader=PackageLoader("exactprune.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
                       lstrip_blocks=True)
     env.filters |= {"count": lambda n: f"{n:,}", "size": size_words, "seconds": _seconds, "change": _change, "whole": _whole,

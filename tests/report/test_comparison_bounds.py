@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def flat(seed, sizes=(4, 6, 5, 3), keep=1.0):
     """A random network; ``keep`` of its weights stay, the same seed gives the same weights before that."""
     rng, mask = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     nodes = []
-    for k, (n, m) in enumerate(zip(sizes[:-1], sizes[1:])):
+    for k, (n, m) in enumerate(pairwise(sizes)):
         weight = rng.normal(size=(m, n)).astype(np.float32)
         bias = rng.normal(size=m).astype(np.float32) / 4
         weight = weight * (mask.random(weight.shape) < keep)

@@ -14,10 +14,10 @@ import torch
 
 from exactprune.cli.app import run as command_line
 from exactprune.errors import OptionError
-from exactprune.report.comparison import COLUMNS, FILES, read_study, write_comparison
+from exactprune.report.comparison import COLUMNS, FILES, read_study
 
 MODEL = Path(__file__).parents[2] / "models" / "digits_2x32.pt"
-STUDY = f'[compare]\nmodel = {str(MODEL)!r}\ndata = "digits"\nratios = [2, 8]\nseeds = [0, 1]\ntime_limit = 5\n'
+STUDY = f'[compare]\nmodel = {str(MODEL)!r}\ndata = "digits"\nratios = [2, 8]\nseeds = [0, 1]\ntime_limit = 5\ntiming = 0\n'
 
 
 @pytest.fixture(scope="module")
@@ -91,21 +91,100 @@ def test_files_hold_the_same(study):
     assert tuple(rows[0]) == COLUMNS
     assert [float(r["deviation_upper"]) for r in rows[2:]] == [r["deviation_upper"] for r in facts["rows"]]
     page = (folder / "comparison.html").read_text()
-    assert "<script" not in page
+    assert page.count("<script") == 1
     assert "default-src 'none'" in html.unescape(page)
-    assert page.count("<tr>") == 1 + 2 + len(facts["summary"])
+    assert page.count('<tr class="control"') == 2 * 5 and page.count("<tr data-method=") == 5 * len(facts["summary"])
 
 
 def test_comparison_page_in_a_picture_has_every_method(study):
     page = (study[0] / "comparison.html").read_text()
-    assert page.count('class="line c') == 2 * 3
+    assert page.count('class="panel" viewBox="0 0 320') == 2 * 3
+    assert page.count('class="dense" d="M44') == 2 * 3  # the original is on every one
+
+
+def test_a_second_run_computes_nothing_and_changes_no_byte(study, monkeypatch):
+    from exactprune.report.comparison_cells import Bench
+
+    folder, _ = study
+    before = {name: (folder / name).read_bytes() for name in FILES}
+    monkeypatch.setattr(Bench, "run", lambda self, cell: pytest.fail(f"{cell} was computed again"))
+    assert command_line(["compare", str(folder.parent / "study.toml"), "-o", str(folder), "--quiet"]) == 0
+    assert {name: (folder / name).read_bytes() for name in FILES} == before
+
+
+def test_an_interrupted_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    from exactprune.report.comparison_cells import Bench
+
+    (tmp_path / "s.toml").write_text(STUDY.replace("[0, 1]", "[0]").replace("[2, 8]", "[4]"))
+    run, done = Bench.run, []
+
+    def stopping(self, cell):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(cell.name)
+        return run(self, cell)
+
+    monkeypatch.setattr(Bench, "run", stopping)
+    arguments = ["compare", str(tmp_path / "s.toml"), "-o", str(tmp_path / "out"), "--quiet"]
+    assert command_line(arguments) == 3
+    assert "same command goes on" in capsys.readouterr().err
+    with (tmp_path / "out" / "cells.jsonl").open("a") as file:
+        file.write('{"cell": "cut off')
+    monkeypatch.setattr(Bench, "run", lambda self, cell: done.append(cell.name) or run(self, cell))
+    assert command_line(arguments) == 0
+    assert done == ["dense", "lossless", "random", "magnitude", "lossless, then magnitude"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(FILES)
+
+
+def test_a_method_that_cannot_do_it_is_reported_and_stops_nothing(tmp_path):
+    from exactprune.report.comparison import Study, write_comparison
+
+    study = Study(str(MODEL), "digits", ("epsilon-resnet",), (2,), (0,), tests=50, certify=5, combine=(), timing=0.0,
+                  time_limit=5.0)
+    facts = write_comparison(study, tmp_path / "out")
+    assert [(r["method"], bool(r["failed"])) for r in facts["failed"]] == [("epsilon-resnet", True)]
+    assert {r["method"] for r in facts["rows"]} == {"random", "magnitude"}
+    for name in ("comparison.html", "comparison.md", "comparison.csv"):
+        assert "epsilon-resnet" in (tmp_path / "out" / name).read_text()
+
+
+def test_sparse_and_dense_versions_compute_the_same(study):
+    from exactprune.io import load, to_torch
+    from exactprune.pruning import prune
+    from exactprune.report.comparison_measure import _sparse, layers_of, nonzero_macs, sizes
+
+    network = load(MODEL)
+    pruned = prune(network, "magnitude", 0.75).network
+    x = torch.rand(7, 64)
+    with torch.no_grad():
+        assert torch.allclose(_sparse(to_torch(pruned))(x), to_torch(pruned)(x), atol=1e-5)
+    found, kept = sizes(pruned, network), sum(layer["kept"] for layer in layers_of(pruned))
+    assert found["macs"] == nonzero_macs(pruned) == kept == found["weights_kept"] == 3392 - round(0.75 * 3392)
+    assert found["bytes_sparse"] < found["bytes"] and found["macs_dense"] == 3392
+
+
+def test_a_picture_is_a_png_of_the_values():
+    import base64
+    import zlib
+
+    from exactprune.report.png import data_uri
+
+    raw = base64.b64decode(data_uri(np.array([[0.0, 0.5], [2.0, -1.0]])).removeprefix("data:image/png;base64,"))
+    at = raw.index(b"IDAT")
+    size = int.from_bytes(raw[at - 4:at], "big")
+    assert zlib.decompress(raw[at + 4:at + 4 + size]) == bytes([0, 0, 128, 0, 255, 0])
+    assert int.from_bytes(raw[at + 4 + size:at + 8 + size], "big") == zlib.crc32(raw[at:at + 4 + size])
 
 
 @pytest.mark.parametrize(("text", "words"), [
     ("", "no readable table"), ("[compare]\nmodel = 1\nmodel = 2", "no readable table"), ('[compare]\nmodel = "m"', "data"),
     ('[compare]\nmodel = "m"\ndata = "d"\nratio = 2', "'ratio'"),
     ('[compare]\nmodel = "m"\ndata = "d"\nratios = [0.5]', "ratios"),
-    ('[compare]\nmodel = "m"\ndata = "d"\nseeds = []', "seeds"), ('[compare]\nmodel = "m"\ndata = "d"\ntests = 0', "tests"),
+    ('[compare]\nmodel = "m"\ndata = "d"\nseeds = []', "seeds"),
+    ('[compare]\nmodel = "m"\ndata = "d"\nradius = -1', "radius"), ('[compare]\nmodel = "m"\ndata = "d"\nimage = [4]', "image"),
+    ('[compare]\nmodel = "m"\ndata = "d"\ntrain = {epochs = 2}', "train"),
+    ('[compare]\nmodel = "m"\ndata = "d"\ndomain = [1, 0]', "domain"),
+    ('[compare]\nmodel = "m"\ndata = "d"\ntests = 0', "tests"),
 ])
 def test_a_wrong_study_is_refused(tmp_path, text, words):
     (tmp_path / "s.toml").write_text(text)
