@@ -14,6 +14,7 @@ Every output is a sum of the products of a dot product in some order, so gamma_n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -46,6 +47,11 @@ class ColumnConv:
     cut: int
     into: tuple[int, int, int]
     steps: tuple[tuple[tuple[int, Tensor], ...], ...]
+
+    @cached_property
+    def products(self) -> int:
+        """Multiplications an image."""
+        return sum(m.numel() for row in self.steps for _, m in row)
 
     def empty(self, like: Tensor, images: int) -> tuple[Tensor, Tensor]:
         """(buffer, the part of it to be filled); the rest is 0."""

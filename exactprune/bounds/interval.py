@@ -97,8 +97,10 @@ def _linear(program: Program, mapping: LinearMap, x: NodeBounds) -> NodeBounds:
         error = mapping.bias.abs() + mapping.forward(x.magnitude).amax(dim=0)
         return _finite(mapping.forward(x.lower) + mapping.bias, mapping.forward(x.upper) + mapping.bias, error)
     groups = len(x.lower)
-    positive = bool((x.lower >= 0).all())
-    magnitude = (x.upper if positive else x.magnitude).amax(dim=0, keepdim=True)
+    positive = x.lower.numel() > 0 and float(x.lower.min()) >= 0
+    magnitude = x.upper if positive else x.magnitude
+    if groups > 1:
+        magnitude = magnitude.amax(dim=0, keepdim=True)
     shared = positive and groups == 1  # the magnitude is a row already
     plus, minus = mapping.split(torch.cat([x.lower, x.upper] if shared else [x.lower, x.upper, magnitude]))
     error = plus[-1] - minus[-1]

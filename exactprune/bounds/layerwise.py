@@ -53,7 +53,8 @@ class Layerwise:
     def open_rows(self, layer: int) -> Tensor:
         """Neurons whose phase is not fixed in some group."""
         bounds = self.at(layer)
-        return torch.nonzero(((bounds.lower < 0) & (bounds.upper > 0)).any(dim=0)).flatten()
+        found = (bounds.lower < 0) & (bounds.upper > 0)
+        return torch.nonzero(found[0] if len(found) == 1 else found.any(dim=0))[:, 0]
 
     def crown(self, layer: int, neurons: Tensor) -> None:
         """Narrow some rows by CROWN."""

@@ -26,6 +26,7 @@ from exactprune.ops import Affine, AvgPool2d, Conv2d, Op, Pad, Reshape, Scale, S
 
 _SMALL = 1 << 18  # doubles in a matrix of a cropped convolution
 _DENSER = 4.0  # times the products of gathered windows that a plain matrix may take: gathering costs twice its products
+_DENSER_COLUMNS = 1.5  # the same against strided windows, which are not copied
 _CACHE_DOUBLES = 1 << 17  # 1 MB of gathered windows: they are read again before they leave the cache
 
 
@@ -248,13 +249,19 @@ class ConvMap(LinearMap):
         return image.reshape(len(rows), -1) if self.last_in else image.permute(0, 3, 1, 2).reshape(len(rows), -1)
 
     def transposed_columns(self, v: Tensor) -> Tensor:
-        if self.small is not None:
+        if self.as_matrix:
+            assert self.small is not None
             return torch.mm(self.small.T, v)
         if not self.gathers:
             return super().transposed_columns(v)
         buffer, inner = self.columns.empty(v, v.shape[1])
         inner.copy_(self.image_of(v))
         return self.from_columns(buffer)
+
+    @property
+    def as_matrix(self) -> bool:
+        """Whether ``transposed_columns`` is one product with M."""
+        return self.small is not None and self.small.numel() <= _DENSER_COLUMNS * self.columns.products
 
     def image_of(self, v: Tensor) -> Tensor:
         """Columns (size_out, columns) as (height, width, channels, columns)."""

@@ -12,6 +12,7 @@ abs(z).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,6 +22,27 @@ from exactprune.bounds.linear_maps import DenseMap
 from exactprune.bounds.program import TINY, UNIT_ROUNDOFF, Program
 
 _INFLATE = 1 + 1e-6  # covers the rounding of the error terms themselves
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A relaxation over one box, as ``single`` uses it.
+
+    Attributes:
+        values: (4, neurons): low, gap, on_plus and on_all.
+        alive: as in ``Relaxation``.
+        weight: as in ``Relaxation``, transposed.
+    """
+
+    values: Tensor
+    alive: Tensor | None
+    weight: Tensor | None
+
+    @cached_property
+    def lines(self) -> tuple[Tensor, ...]:
+        """low and gap as (neurons, 1), on_plus and on_all as (neurons,)."""
+        low, gap, on_plus, on_all = self.values.unbind()
+        return low.unsqueeze(1), gap.unsqueeze(1), on_plus, on_all
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +86,11 @@ class Relaxation:
     def intercept(self) -> Tensor:
         return self.values[4]
 
+    @cached_property
+    def step(self) -> Step:
+        """The same over the first box."""
+        return Step(self.values[:4, 0], self.alive, None if self.weight is None else self.weight.T)
+
     def take(self, places: Tensor) -> Relaxation:
         """For some of the neurons (none left out so far)."""
         return Relaxation(self.values.index_select(2, places))
@@ -105,30 +132,26 @@ def relax(program: Program, layer: int, bounds: NodeBounds, alpha: Tensor | None
         plus, below = plus.expand_as(alpha), below.expand_as(alpha)
     values = plus.new_empty(5, *plus.shape)
     low, gap, on_plus, on_all, intercept = values.unbind()
-    slope = plus.div(torch.add(plus, below).clamp_(min=TINY))  # at most 1: a sum is not below its terms
-    _intercept(slope, plus, below, out=intercept)
+    width, alive = torch.add(plus, below).clamp_(min=TINY), plus > 0
+    slope = plus / width  # at most 1: a sum is not below its terms
+    intercept.copy_(torch.maximum(slope * below, torch.rsub(slope, 1).mul_(plus)).mul_(1 + 8 * UNIT_ROUNDOFF))
     if alpha is None:
         low.copy_(plus > below)
     else:
-        torch.mul(torch.where(bounds.lower >= 0, 1.0, alpha), plus > 0, out=low)
+        torch.mul(torch.where(bounds.lower >= 0, 1.0, alpha), alive, out=low)
     torch.sub(slope, low, out=gap)
-    error = torch.maximum(plus, below).add_(intercept)
     mapping = program.maps[program.preactivation(layer)] if fused(program, layer) else None
+    error = torch.maximum(plus, below).add_(intercept)
     if mapping is not None and bounds.error is not None:
         error.add_(bounds.error)
-    error = torch.where(plus > 0, error.mul_(program.gamma * _INFLATE).add_(TINY), 0.0)
+    error = torch.where(alive, error.mul_(program.gamma * _INFLATE).add_(TINY), 0.0)
     torch.add(intercept, error, alpha=2, out=on_plus)
-    on_all.copy_(error)
     if mapping is not None and mapping.bias is not None:
         on_plus.addcmul_(gap, mapping.bias)
-        on_all.addcmul_(low, mapping.bias, value=-1)
+        torch.addcmul(error, low, mapping.bias, value=-1, out=on_all)
+    else:
+        on_all.copy_(error)
     return _compacted(program, layer, Relaxation(values), plus) if compact else Relaxation(values)
-
-
-def _intercept(slope: Tensor, plus: Tensor, below: Tensor, out: Tensor) -> Tensor:
-    """At least max of relu(z) - slope z over -below <= z <= plus, both >= 0."""
-    torch.mul(slope, below, out=out)
-    return torch.maximum(out, torch.rsub(slope, 1).mul_(plus), out=out).mul_(1 + 8 * UNIT_ROUNDOFF)
 
 
 def _compacted(program: Program, layer: int, given: Relaxation, upper: Tensor) -> Relaxation:

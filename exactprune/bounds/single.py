@@ -21,23 +21,9 @@ from exactprune.bounds.fields import Field
 from exactprune.bounds.interval import NodeBounds, pool_choice
 from exactprune.bounds.linear_maps import ConvMap, LinearMap
 from exactprune.bounds.program import TINY, Program
-from exactprune.bounds.relaxation import Relaxation, fused
+from exactprune.bounds.relaxation import Relaxation, Step, fused
 from exactprune.network import INPUT
 from exactprune.ops import Add, MaxPool2d, ReLU
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """A relaxation over one box (see ``relaxation.Relaxation``).
-
-    Attributes:
-        values: (4, neurons): low, gap, on_plus and on_all.
-        alive, weight: as there.
-    """
-
-    values: Tensor
-    alive: Tensor | None
-    weight: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,12 +57,12 @@ def _cut(seen: Field, layer: int, step: Step) -> Step:
     if step.weight is None:
         return Step(step.values.index_select(1, seen.kept[position]), None, None) if position in seen.kept else step
     below = seen.program.network.nodes[position].inputs[0]
-    return Step(step.values, step.alive, step.weight[:, seen.kept[below]]) if below in seen.kept else step
+    return Step(step.values, step.alive, step.weight.index_select(0, seen.kept[below])) if below in seen.kept else step
 
 
 def constants(program: Program, layer: int, known: Mapping[int, NodeBounds], relaxations: Mapping[int, Relaxation]) -> Constants:
     """For passes that start at a layer."""
-    steps = {k: Step(r.values[:4, 0], r.alive, r.weight) for k, r in relaxations.items() if k < layer}
+    steps = {k: r.step for k, r in relaxations.items() if k < layer}
     errors = {i: e for i in range(program.preactivation(layer)) if (e := _error(program, i, known[i])) is not None}
     return Constants(steps, errors, known[INPUT].ball(program.gamma), known)
 
@@ -116,13 +102,13 @@ class Columns:
         Args:
             start: a node.
             v: coefficients on its output, (size, rows); overwritten.
-            constant: (rows,).
+            constant: (rows,); overwritten.
 
         Returns:
             (2 * rows,), the error of ``start`` itself not included.
         """
         self.pending, self.doubled = {start: v}, False
-        self.total, self.error = constant.clone(), torch.zeros_like(constant)
+        self.total, self.error = constant, torch.zeros_like(constant)
         for position in range(start, INPUT, -1):
             if position in self.pending:
                 self._substitute(position, self.pending.pop(position))
@@ -166,19 +152,19 @@ class Columns:
         if not self.doubled:
             self._double()
             v = torch.cat([v, -v], dim=1)
-        low, gap, on_plus, on_all = step.values
+        low, gap, on_plus, on_all = step.lines
         plus = v.clamp(min=0)
         self.total.addmv_(plus.T, on_plus).addmv_(v.T, on_all, alpha=-1)
         if not fused(self.program, layer):
-            self._give(position, source, v.mul_(low.unsqueeze(1)).addcmul_(plus, gap.unsqueeze(1)))
+            self._give(position, source, v.mul_(low).addcmul_(plus, gap))
             return
         below, mapping = self.program.network.nodes[source].inputs[0], self.program.maps[source]
         assert mapping is not None
-        if isinstance(mapping, ConvMap) and mapping.gathers and mapping.small is None:
+        if isinstance(mapping, ConvMap) and mapping.gathers and not mapping.as_matrix:
             moved = self._scaled_and_convolved(mapping, v, plus, low, gap)
         else:
-            a = v.mul_(low.unsqueeze(1)).addcmul_(plus, gap.unsqueeze(1))
-            moved = mapping.transposed_columns(a) if step.weight is None else torch.mm(step.weight.T, a)
+            a = v.mul_(low).addcmul_(plus, gap)
+            moved = mapping.transposed_columns(a) if step.weight is None else torch.mm(step.weight, a)
         self._give(source, below, moved)
 
     @staticmethod
@@ -223,7 +209,7 @@ class Columns:
         self._give(position, source, v.new_zeros(self.program.size(source), v.shape[1]).index_add_(0, chosen, a))
 
     def _at_input(self, v: Tensor) -> None:
-        middle, radius = self.given.ball
+        middle, radius = self.given.ball.unbind()
         self.total.addmv_(v.T, middle).addmv_(v.abs_().T, radius)
 
 
