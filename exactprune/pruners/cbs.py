@@ -143,6 +143,7 @@ class Search:
         pruned: the set P.
         kept: candidates outside P.
         norms: F_qq w_q^2.
+        total: the sum of the rows of P, so that its square is the objective.
         objectives: w_P^T F w_P at the start and after every pass.
     """
 
@@ -150,6 +151,7 @@ class Search:
     pruned: Tensor
     kept: Tensor
     norms: Tensor
+    total: Tensor
     objectives: list[float] = field(default_factory=list)
 
     @classmethod
@@ -157,22 +159,21 @@ class Search:
         """From the ``number`` weights of least magnitude."""
         pruned = smallest(weights.abs(), number)
         out = torch.ones_like(weights, dtype=torch.bool).index_fill(0, pruned, False)
-        search = cls(scaled, pruned.sort().values, out.nonzero().flatten(), scaled.norm(dim=1).square())
-        search.objectives.append(search.objective())
+        search = cls(scaled, pruned.sort().values, out.nonzero().flatten(), scaled.norm(dim=1).square(), scaled[0])
+        search.measure()
         return search
 
-    def objective(self) -> float:
-        """w_P^T F w_P."""
-        return float(self._sum(self.pruned).square().sum())
-
-    def _sum(self, subset: Tensor) -> Tensor:
-        return self.scaled[subset].sum(0)
+    def measure(self) -> None:
+        """Sum the rows of P afresh; the objective follows. A product reads them in place, where ``index_select`` copies."""
+        member = self.scaled.new_zeros(len(self.scaled)).index_fill(0, self.pruned, 1)
+        self.total = member @ self.scaled
+        self.objectives.append(float(self.total.square().sum()))
 
     def sweep(self, options: CbsOptions) -> bool:
         """One pass of swaps; False where the first pair does not improve enough."""
         if not len(self.pruned) or not len(self.kept):
             return False
-        reach = 2 * (self.scaled @ self._sum(self.pruned))
+        reach = 2 * (self.scaled @ self.total)
         alpha = (reach - self.norms)[self.pruned]
         order = alpha.argsort(descending=True, stable=True)
         self.pruned, alpha = self.pruned[order], alpha[order]
@@ -184,7 +185,7 @@ class Search:
             return False
         i, j = (torch.tensor(side, device=self.pruned.device) for side in zip(*pairs))
         self.pruned[i], self.kept[j] = self.kept[j], self.pruned[i]
-        self.objectives.append(self.objective())
+        self.measure()
         return True
 
     def _pairs(self, alpha: Tensor, beta: Tensor, options: CbsOptions) -> list[tuple[int, int]]:

@@ -239,7 +239,12 @@ def _mixed(seed: int, epoch: int) -> int:
 
 @contextmanager
 def _repeatable(options: TrainOptions, device: torch.device, state: Tensor | None) -> Iterator[None]:
-    """Seeds dropout, asks for deterministic kernels, and puts everything back afterwards."""
+    """Seeds dropout, asks for deterministic kernels, and puts everything back afterwards.
+
+    cuBLAS refuses to be deterministic without a fixed workspace, which only the environment can ask for.
+    """
+    if options.deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(options.seed)
