@@ -16,6 +16,7 @@ import numpy as np
 from exactprune.checker import dyadic
 from exactprune.checker.backward import Substitution
 from exactprune.checker.dyadic import Array, Dyadic
+from exactprune.checker.forward import ForwardStep
 from exactprune.checker.layers import (
     Interval,
     Layer,
@@ -119,6 +120,7 @@ class Bounds:
         self.before = {self.network.nodes[node].inputs[0]: k for node, k in self.layer_of.items()}
         self.ranges[INPUT] = (self.box[0][None], self.box[1][None])
         self.coarse = Substitution(self)
+        self._forward: dict[int, ForwardStep | None] = {}
         self.widest = max([int(np.prod(self.network.shape_of(i))) for i in range(INPUT, len(self.layers))], default=1)
 
     def reach(self, layer: int) -> None:
@@ -138,10 +140,27 @@ class Bounds:
             found = layer.interval([(self.lower[k].reshape(shape), self.upper[k].reshape(shape))], True)
         else:
             layer.prepare(*self.ranges[inputs[0]])
-            found = layer.interval([self.ranges[i] for i in inputs], True)
+            found = self._range(position, layer, [self.ranges[i] for i in inputs])
         if not (np.isfinite(found[0]).all() and np.isfinite(found[1]).all()):
             raise CheckError(f"node {position}: its interval bounds leave the range of float64")
         self.ranges[position] = found
+
+    def _range(self, position: int, layer: Layer, inputs: list[Pair]) -> Pair:
+        linear = self.forward_step(position)
+        try:
+            return layer.interval(inputs, True) if linear is None else linear.range(*inputs[0])
+        except OverflowError:
+            return layer.interval(inputs, True)
+
+    def forward_step(self, position: int) -> ForwardStep | None:
+        """The forward step of a node with weights, if it has one."""
+        if position not in self._forward:
+            layer = self.layers[position]
+            try:
+                self._forward[position] = ForwardStep(layer) if isinstance(layer, Linear) else None
+            except OverflowError:
+                self._forward[position] = None
+        return self._forward[position]
 
     def narrow(self, layer: int, neurons: Array, side: str, values: Array) -> None:
         """Intersect with proved bounds (values bound z_hat above for "upper", -z_hat above for "lower")."""

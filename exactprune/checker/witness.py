@@ -1,7 +1,7 @@
 """The exact sign of pre-activations at points.
 
-Points are boxes without width: coarse enclosures decide most signs, enclosures by exact operators with float64 rounding
-between them decide most others, and what is still open is evaluated without any rounding.
+Values with a proved error (``forward``) decide most signs, enclosures by exact operators with float64 rounding between them
+decide most others, and what is still open is evaluated without any rounding.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import numpy as np
 from exactprune.checker import dyadic
 from exactprune.checker.bounds import Bounds
 from exactprune.checker.dyadic import Array, Dyadic
+from exactprune.checker.forward import Points, step
+from exactprune.checker.layers import Linear
 from exactprune.checker.network import INPUT
 
 
@@ -30,17 +32,29 @@ def signs(bounds: Bounds, layer: int, points: Array, numbers: Array, neurons: Ar
     for evaluate in (_coarse, _rounded, _exact):
         todo = todo[found[todo] == 0]
         used, place = np.unique(numbers[todo], return_inverse=True)
-        step = max(1, int(100e6 / (bounds.widest * 40)))
-        for start in range(0, len(used), step):
-            mine = np.flatnonzero((place >= start) & (place < start + step))
-            low, high = evaluate(bounds, node, points[used[start : start + step]])
+        some = max(1, int(100e6 / (bounds.widest * 40)))
+        for start in range(0, len(used), some):
+            mine = np.flatnonzero((place >= start) & (place < start + some))
+            low, high = evaluate(bounds, node, points[used[start : start + some]])
             where = place[mine] - start, neurons[todo[mine]]
             found[todo[mine]] = np.where(low[where] > 0, 1, np.where(high[where] < 0, -1, 0))
     return found
 
 
 def _coarse(bounds: Bounds, node: int, points: Array) -> tuple[Array, Array]:
-    return _enclose(bounds, node, points, False)
+    """Bounds on the values of a node by ``forward``, or no information where it gives up."""
+    values = {INPUT: Points(points, np.zeros(len(points)))}
+    for position in _needed(bounds, node):
+        layer, linear = bounds.layers[position], bounds.forward_step(position)
+        if isinstance(layer, Linear) and linear is None:
+            return _enclose(bounds, node, points, False)
+        try:
+            values[position] = step(layer, linear, [values[i] for i in bounds.network.nodes[position].inputs])
+        except OverflowError:
+            return _enclose(bounds, node, points, False)
+    found = values[node].values.reshape(len(points), -1)
+    radius = values[node].radius[:, None]
+    return np.where(found > radius, 1.0, -1.0), np.where(found < -radius, -1.0, 1.0)
 
 
 def _rounded(bounds: Bounds, node: int, points: Array) -> tuple[Array, Array]:

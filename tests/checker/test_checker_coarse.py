@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from exactprune import ops
 from exactprune.checker import coarse
 from exactprune.checker.coarse import Part, Rows
+from exactprune.checker.forward import ForwardStep, Points
+from exactprune.checker.layers import Linear
+from exactprune.checker.network import Op
 from exactprune.network import Node, build
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -144,3 +147,48 @@ def test_it_loses_little_against_exact_arithmetic():
             assert (rough - truth <= 1e-5 * width).all()
             every = np.arange(size)
             bounds.narrow(layer, every, side, bounds.maximise(layer, every, np.full(size, sign), bounds.domain(layer)))
+
+
+# -- forward -----------------------------------------------------------------------------------------------------------
+
+
+@given(SEEDS)
+@settings(max_examples=60, deadline=None)
+def test_forward_values_and_ranges_enclose_exact_ones(seed):
+    """Limbs of mixed magnitudes, two layers; and a range that is exactly 0 is found to be 0."""
+    rng = np.random.default_rng(seed)
+    n, m, count = int(rng.integers(1, 40)), int(rng.integers(1, 5)), 3
+    weight, bias = random_floats(rng, m, n) * 2.0 ** rng.integers(-60, 60), random_floats(rng, m)
+    zero = int(rng.integers(m))
+    low = rng.standard_normal(n)
+    high = low + rng.random(n)
+    weight[zero], bias[zero] = 0.0, 0.0
+    weight[zero, 0] = 2.0 ** rng.integers(-40, 40)
+    bias[zero] = -weight[zero, 0] * high[0]  # the product is rounded, so the maximum may be 0 or just beside it
+    layer = Linear(Op("Affine", {"weight": weight, "bias": bias}), (n,), (m,))
+    step = ForwardStep(layer)
+    points = np.clip(low + (high - low) * rng.random((count, n)), low, high)
+    found = step.points(Points(points, np.zeros(count)))
+    least, most = (b.reshape(-1) for b in step.range(low[None], high[None]))
+    for i in range(m):
+        w, b = [Fraction(x) for x in weight[i]], Fraction(bias[i])
+        for p in range(count):
+            truth = sum((a * Fraction(x) for a, x in zip(w, points[p], strict=True)), b)
+            assert abs(truth - Fraction(found.values[p, i])) <= Fraction(found.radius[p])
+        top, bottom = (sum((a * Fraction(u if (a >= 0) == up else v) for a, v, u in zip(w, low, high, strict=True)), b)
+                       for up in (True, False))
+        assert Fraction(least[i]) <= bottom and top <= Fraction(most[i])
+        assert (most[i] <= 0) == (top <= 0) and (least[i] >= 0) == (bottom >= 0), "signs of a range are exact"
+        size = sum((abs(a) for a in w), abs(b)) + 1
+        assert Fraction(most[i]) - top <= (size + Fraction(found.values.__abs__().max())) * max(
+            1, Fraction(np.abs(weight).max())) * Fraction(1, 2**30)
+
+
+def test_forward_gives_up_beyond_its_range():
+    layer = Linear(Op("Affine", {"weight": np.ones((1, 1)), "bias": np.zeros(1)}), (1,), (1,))
+    for bad in (1e200, np.inf, np.nan):
+        with pytest.raises(OverflowError):
+            ForwardStep(layer).points(Points(np.array([[bad]]), np.zeros(1)))
+    huge = Linear(Op("Affine", {"weight": np.full((1, 1), 1e200), "bias": np.zeros(1)}), (1,), (1,))
+    with pytest.raises(OverflowError):
+        ForwardStep(huge)
