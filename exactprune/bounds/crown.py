@@ -27,7 +27,7 @@ from exactprune.bounds.single import Columns, Constants, constants, first_column
 from exactprune.network import INPUT
 from exactprune.ops import Add, MaxPool2d, ReLU
 
-_ROWS = 384  # rows a pass on a CPU: a 384 x 800 block of doubles stays in the second-level cache
+_ROWS = 640  # rows a pass on a CPU, of 800 coefficients: fewer calls, and the blocks still stay near the processor
 
 
 @dataclass(eq=False)

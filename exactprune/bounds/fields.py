@@ -25,7 +25,7 @@ from exactprune.bounds.relaxation import Relaxation
 from exactprune.network import INPUT
 from exactprune.ops import Add, ReLU, Shape
 
-_ROWS_OF_A_TILE = 160  # both sides together: few enough that windows stay small, enough to hide the cost of a call
+_ROWS_OF_A_TILE = 110  # both sides together: few enough that windows stay small, enough to hide the cost of a call
 _Windows = dict[int, Window | None]
 
 
