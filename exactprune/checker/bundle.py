@@ -18,6 +18,7 @@ import numpy as np
 
 from exactprune.checker import boxes, chains, network, records
 from exactprune.checker.bounds import Bounds
+from exactprune.checker.chains import Entering
 from exactprune.checker.difference import Difference
 from exactprune.checker.dyadic import Array
 from exactprune.checker.engine import Report, proved
@@ -256,7 +257,7 @@ def _on_boxes(bounds: Bounds, g: Network, bundle: Bundle, claimed: float) -> flo
     return float(chains.deviation(g, errors, low, high, claimed)[0].max())
 
 
-def local_errors(bounds: Bounds, g: Network, hints: list[Json]) -> list[Array]:
+def local_errors(bounds: Bounds, g: Network, hints: list[Json]) -> list[Entering]:
     """What enters at every ReLU layer of a chain g and at its output, everything before it being equal.
 
     Raises:
@@ -272,7 +273,7 @@ def local_errors(bounds: Bounds, g: Network, hints: list[Json]) -> list[Array]:
     known = difference.local or {}
     if set(known) != set(found[1][:-1]):
         raise CheckError("split: a layer of the smaller network is not related")
-    return [known[position] for position in found[1][:-1]] + [last]
+    return [known[position] for position in found[1][:-1]] + [Entering(last)]
 
 
 def _duplicate(difference: Difference, record: Json) -> None:

@@ -7,7 +7,10 @@ abs(delta_k) <= e_k and J_k the Jacobian of g's output in z_k, at points whose p
 
     E_k = e_k + abs(W_k) E_{k-1}
 
-of g's own. On a sub-box, bounds on z_k widened by E_k settle most ReLUs, with slope 0 or 1. The others have a slope s in
+of g's own. Where delta_k is known as a linear form in the input, up to a rest, its signs are kept: J_k times the form is
+one form.
+
+On a sub-box, bounds on z_k widened by E_k settle most ReLUs, with slope 0 or 1. The others have a slope s in
 [0, 1], and J_k delta_k is multi-affine in the slopes: its maximum is attained where each slope is 0 or 1. So a
 tree of phase splits (no constraint on x, only slopes) with an interval Jacobian at each node bounds it, and the split of
 inputs makes few ReLUs unsettled. This wins factors of 1,000 against abs(W) ... abs(W) e on deep narrow networks.
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -61,6 +65,54 @@ class Boxes:
     lower: list[Array]
     upper: list[Array]
     slopes: list[Array]
+
+
+@dataclass(frozen=True, eq=False)
+class Entering:
+    """What g does differently at one layer, everything before it being equal: delta_k, for all inputs x of the domain.
+
+    Attributes:
+        size: (n_k,), abs(delta_k) <= size.
+        form, low, high: (n_k, inputs), (n_k,), (n_k,): delta_k - form x is between low and high; or None.
+    """
+
+    size: Array
+    form: Array | None = None
+    low: Array | None = None
+    high: Array | None = None
+
+    def wider(self, by: float) -> Entering:
+        """The same with ``by`` times its size added."""
+        more = self.size * by
+        low, high = (None, None) if self.low is None or self.high is None else (self.low - more, self.high + more)
+        return Entering(self.size + more, self.form, low, high)
+
+
+@dataclass(frozen=True, eq=False)
+class _OnBoxes:
+    """delta_k on each of some boxes: centre + form (x - middle of the box), up to ``rest``; abs(delta_k) <= size."""
+
+    centre: Array
+    form: Array
+    radius: Array
+    rest: Array
+    size: Array
+
+
+def _on_boxes(entering: Entering, low: Array, high: Array) -> _OnBoxes | None:
+    """One layer's entering errors on boxes (boxes, inputs); None where there are none."""
+    if not entering.size.any():
+        return None
+    middle, radius = _centred(low, high)
+    whole = np.broadcast_to(entering.size, (len(low), len(entering.size)))
+    if entering.form is None or entering.low is None or entering.high is None:
+        return _OnBoxes(np.zeros_like(whole), np.zeros((len(entering.size), low.shape[1])), radius, whole, whole)
+    form, ends = entering.form, np.maximum(np.abs(entering.low), np.abs(entering.high))
+    slack = 16 * _gamma(low.shape[1] + len(ends) + 8) * (np.maximum(np.abs(low), np.abs(high)) @ np.abs(form).T + ends)
+    rest = (entering.high - entering.low) / 2 * (1 + 4 * U) + slack + TINY
+    centre = middle @ form.T + (entering.low + entering.high) / 2
+    size = (np.abs(centre) + radius @ np.abs(form).T + rest) * (1 + 16 * U)
+    return _OnBoxes(centre, form, radius, rest, np.minimum(size, whole))
 
 
 def drift(chain: Chain, errors: Sequence[Array]) -> list[Array]:
@@ -157,12 +209,13 @@ def phases(known: Boxes, widened: Sequence[Array]) -> list[Array]:
     return found
 
 
-def largest(chain: Chain, errors: Sequence[Array], start: Sequence[Array], target: float, nodes: int) -> tuple[Array, Array]:
+def largest(chain: Chain, errors: Sequence[_OnBoxes | None], start: Sequence[Array], target: float,
+            nodes: int) -> tuple[Array, Array]:
     """Bound on abs(f - g) on each box, by splitting phases until it is at most ``target`` or nodes run out.
 
     Args:
         chain: g.
-        errors: e_k, the output's last.
+        errors: delta_k on each box, the output's last.
         start: phases on each box.
         target: no split of what is within.
         nodes: of the phase tree, a box, about.
@@ -175,7 +228,7 @@ def largest(chain: Chain, errors: Sequence[Array], start: Sequence[Array], targe
     box, current = np.arange(count), list(start)
     worth = None
     while len(box):
-        value, score = _node(chain, errors, current)
+        value, score = _node(chain, errors, current, box)
         worth = score if worth is None else worth
         np.add.at(spent, box, 1)
         settled = (value <= target) | ~(score > 0).any(axis=1)
@@ -196,48 +249,73 @@ def _split(current: list[Array], at: Array) -> list[Array]:
     rows = np.arange(len(flat))
     on[rows, at], off[rows, at] = ACTIVE, OFF
     both = np.concatenate([on, off])
-    return [both[:, a:b] for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    return [both[:, a:b] for a, b in pairwise(widths)]
 
 
-def _node(chain: Chain, errors: Sequence[Array], current: Sequence[Array]) -> tuple[Array, Array]:
+def _node(chain: Chain, errors: Sequence[_OnBoxes | None], current: Sequence[Array], box: Array) -> tuple[Array, Array]:
     """Bound of every node of the phase trees (nodes,), and what an open neuron weighs there (nodes, sum n_k)."""
-    count, last = len(current[0]), chain.weights[-1]
-    reach = _reach(chain, errors, current)
+    count, last = len(box), chain.weights[-1]
+    reach = _reach(chain, errors, current, box)
     mid = np.broadcast_to(last, (count, *last.shape))
     rad = np.zeros_like(mid)
-    total = np.broadcast_to(errors[-1], (count, len(last))).copy()
+    total = np.zeros((count, len(last)))
+    if errors[-1] is not None:
+        total += errors[-1].size[box]
+    first = next((k for k, e in enumerate(errors) if e is not None), chain.hidden)
     scores: list[Array] = []
     for k in range(chain.hidden - 1, -1, -1):
-        phase = current[k]
-        weight = (np.abs(mid) + rad).max(axis=1)
-        scores.append(np.where(phase == OPEN, weight * reach[k], 0.0))
-        mid, rad = _through(mid, rad, phase[:, None, :])
-        size = np.abs(mid) + rad
-        total = total + size @ errors[k]
-        if k:
-            w = chain.weights[k]
-            flat = (count * len(last), w.shape[0])
-            rad = (rad.reshape(flat) + 4 * _gamma(w.shape[0] + 4) * size.reshape(flat)) @ np.abs(w) + TINY
-            rad = rad.reshape(count, len(last), -1) * (1 + 2 * _gamma(w.shape[0] + 4))
-            mid = (mid.reshape(flat) @ w).reshape(count, len(last), -1)
+        if k < first:
+            scores.append(np.zeros(current[k].shape))
+            continue
+        scores.append(np.where(current[k] == OPEN, (np.abs(mid) + rad).max(axis=1) * reach[k], 0.0))
+        mid, rad = _through(mid, rad, current[k][:, None, :])
+        if errors[k] is not None:
+            total += _weighed(errors[k], mid, rad, box)
+        if k > first:
+            mid, rad = _before(mid, rad, chain.weights[k])
     widest = max(max(w.shape) for w in chain.weights)
     return (total * (1 + 4 * _gamma(widest + len(chain.weights) + 8))).max(axis=1), np.concatenate(scores[::-1], axis=1)
 
 
+def _weighed(error: _OnBoxes, mid: Array, rad: Array, box: Array) -> Array:
+    """The largest abs(J delta) for J in mid +- rad, (nodes, outputs)."""
+    straight = np.abs(mid @ error.centre[box][..., None])[..., 0]
+    straight += (np.abs(mid @ error.form) @ error.radius[box][..., None])[..., 0]
+    straight += (np.abs(mid) @ error.rest[box][..., None])[..., 0]
+    plain = (np.abs(mid) @ error.size[box][..., None])[..., 0]
+    return np.minimum(straight, plain) + (rad @ error.size[box][..., None])[..., 0]
+
+
+def _before(mid: Array, rad: Array, weight: Array) -> tuple[Array, Array]:
+    """Coefficients of relu(z_{k-1}) from those of z_k."""
+    count, outputs, n = mid.shape
+    size = (np.abs(mid) + rad).reshape(-1, n)
+    rad = (rad.reshape(-1, n) + 4 * _gamma(n + 4) * size) @ np.abs(weight) * (1 + 2 * _gamma(n + 4)) + TINY
+    return (mid.reshape(-1, n) @ weight).reshape(count, outputs, -1), rad.reshape(count, outputs, -1)
+
+
 def _through(mid: Array, rad: Array, phase: Array) -> tuple[Array, Array]:
     """An interval of coefficients times a slope: 1, 0, or anything in [0, 1]."""
-    low, high = np.minimum(mid - rad, 0.0), np.maximum(mid + rad, 0.0)
-    centre = (low + high) / 2
-    half = (high - low) / 2 + 4 * U * (np.abs(mid) + rad)
-    return (np.where(phase == ACTIVE, mid, np.where(phase == OFF, 0.0, centre)),
-            np.where(phase == ACTIVE, rad, np.where(phase == OFF, 0.0, half)))
+    on, open_ = (phase == ACTIVE).astype(np.float64), (phase == OPEN) * 0.5
+    low, high = mid - rad, mid + rad
+    np.minimum(low, 0.0, out=low)
+    np.maximum(high, 0.0, out=high)
+    half = high - low
+    half += 8 * U * (np.abs(mid) + rad)
+    low += high
+    low *= open_
+    half *= open_
+    low += on * mid
+    half += on * rad
+    return low, half
 
 
-def _reach(chain: Chain, errors: Sequence[Array], current: Sequence[Array]) -> list[Array]:
+def _reach(chain: Chain, errors: Sequence[_OnBoxes | None], current: Sequence[Array], box: Array) -> list[Array]:
     """What abs(W) makes of the errors with the phases known so far, (nodes, n_k); to choose splits only."""
-    found = [np.broadcast_to(errors[0], current[0].shape)]
+    sizes = [np.zeros(p.shape) if e is None else e.size[box] for e, p in zip(errors, current, strict=False)]
+    found = [sizes[0]]
     for k in range(1, chain.hidden):
-        found.append(np.where(current[k - 1] == OFF, 0.0, found[-1]) @ np.abs(chain.weights[k]).T + errors[k])
+        found.append(np.where(current[k - 1] == OFF, 0.0, found[-1]) @ np.abs(chain.weights[k]).T + sizes[k])
     return found
 
 
@@ -282,7 +360,7 @@ def scaled(network: Network, low: Array, high: Array) -> tuple[Array, Array]:
     return low, high
 
 
-def deviation(network: Network, errors: Sequence[Array], low: Array, high: Array, target: float) -> tuple[Array, Array]:
+def deviation(network: Network, errors: Sequence[Entering], low: Array, high: Array, target: float) -> tuple[Array, Array]:
     """Bounds on abs(f - g) on boxes of inputs.
 
     Args:
@@ -297,12 +375,13 @@ def deviation(network: Network, errors: Sequence[Array], low: Array, high: Array
     found = chain_of(network)
     if found is None:
         raise CheckError("no chain of affine layers and ReLUs")
-    chain, by = found[0], drift(found[0], errors)
+    chain, by = found[0], drift(found[0], [e.size for e in errors])
     values, worth = np.empty(len(low)), np.empty(low.shape)
     for start in range(0, len(low), BATCH):
         part = slice(start, start + BATCH)
         known = bounds(chain, *scaled(network, low[part], high[part]))
-        values[part], score = largest(chain, errors, phases(known, by), target, PER_BOX)
+        local = [_on_boxes(e, low[part], high[part]) for e in errors]
+        values[part], score = largest(chain, local, phases(known, by), target, PER_BOX)
         slopes = np.concatenate(known.slopes, axis=1) if known.slopes else np.zeros((len(values[part]), 0, low.shape[1]))
         worth[part] = np.einsum("bi,bij->bj", score, slopes) * (high[part] - low[part])
     return np.where(np.isfinite(values), values, np.inf), worth

@@ -30,6 +30,7 @@ import numpy as np
 
 from exactprune.checker import dyadic
 from exactprune.checker.bounds import Bounds
+from exactprune.checker.chains import Entering
 from exactprune.checker.dyadic import Array, Dyadic
 from exactprune.checker.layers import KINDS, Interval, Layer, Linear, MaxPool, ReLU, interval, layers, support
 from exactprune.checker.network import INPUT, CheckError, Network, Node, Op, Shape
@@ -102,7 +103,7 @@ class Difference:
 
     def __init__(self, bounds: Bounds, smaller: Network, exact: bool, *, local: bool = False) -> None:
         self.f, self.g, self.exact = bounds.network, smaller, exact
-        self.local: dict[int, Array] | None = {} if local else None
+        self.local: dict[int, Entering] | None = {} if local else None
         if self.f.input_shape != smaller.input_shape or self.f.shapes[-1] != smaller.shapes[-1]:
             raise CheckError("the networks do not have the same input and output shapes")
         self.f_layers, self.g_layers = bounds.layers, layers(smaller)
@@ -160,16 +161,24 @@ class Difference:
         ratio = per_element(self.g.shape_of(position), axis, ratios)
         error = self._finite(self._compare(source, original, select, ratio), f"node {position}")
         if self.local is not None:
-            error = self._set_apart(position, select, error)
+            self.local[position] = self._entering(source, original, select, ratio, error)
+            if error[select < 0].any():
+                raise CheckError(f"node {position}: a linear unit may be cut")
+            error = np.zeros_like(error)
         self.relations[position] = Relation(of, select, ratio, error)
 
-    def _set_apart(self, position: int, select: Array, error: Array) -> Array:
-        """Keep the errors of a relation for ``chains``; what it passes on is none."""
-        assert self.local is not None
-        if error[select < 0].any():
-            raise CheckError(f"node {position}: a linear unit may be cut")
-        self.local[position] = error
-        return np.zeros_like(error)
+    def _entering(self, position: int, original: int, select: Array, ratio: Array, error: Array) -> Entering:
+        """What an error is as a form in the input, up to a rest, where every relation passes on none."""
+        count = int(np.prod(self.f.input_shape))
+        form, low, high = np.zeros((len(select), count)), np.zeros(len(select)), np.zeros(len(select))
+        for rows in self._batches(np.flatnonzero((error > 0) & (select >= 0))):
+            totals = _Totals(len(rows), apart=True)
+            low[rows], high[rows] = self._form(position, original, rows, select[rows], ratio[rows], totals)
+            if totals.input is not None:
+                form[rows] = dyadic.to_float_up(totals.input).reshape(len(rows), -1)
+        reach = np.maximum(np.abs(self.ranges[INPUT][0]), np.abs(self.ranges[INPUT][1])).reshape(-1)
+        slack = np.where((error > 0) & (select >= 0), 2.0**-48 * (np.abs(form) @ reach) + 2.0**-900, 0.0)
+        return Entering(np.where(select >= 0, error, 0.0), form, low - slack, high + slack)
 
     def _relate_pool(self, position: int, of: int, units: Array, ratios: Array) -> None:
         source, original = self.g.nodes[position].inputs[0], self.f.nodes[of].inputs[0]
@@ -232,9 +241,10 @@ class Difference:
         size = max(1, ELEMENTS // max(widest, 1))
         return [rows[i : i + size] for i in range(0, len(rows), size)]
 
-    def _form(self, position: int, original: int, rows: Array, select: Array, ratio: Array) -> tuple[Array, Array]:
+    def _form(self, position: int, original: int, rows: Array, select: Array, ratio: Array,
+              totals: _Totals | None = None) -> tuple[Array, Array]:
         """Range of z_g[row] - ratio * z_f[select] (of z_g[row] where select is -1) on D."""
-        totals = _Totals(len(rows))
+        totals = totals or _Totals(len(rows))
         start = _unit_rows(self.g.shape_of(position), np.arange(len(rows)), rows, np.ones(len(rows)), len(rows))
         pending = self._back_through_g({position: start}, totals)
         paired = np.flatnonzero(select >= 0)
@@ -283,6 +293,8 @@ class Difference:
                 v = self._active_part(position, rows, v, totals)
                 source = self.f.nodes[position].inputs[0]
                 pending[source] = dyadic.add(pending.get(source), totals.spread(rows, v))
+            elif layer is None and totals.apart:
+                totals.input = totals.spread(rows, v)
             elif layer is None or isinstance(layer, MaxPool):
                 totals.add_box(rows, v, *self.ranges[position])
             else:
@@ -538,10 +550,11 @@ def _ranges(bounds: Bounds, lower: list[Array], upper: list[Array]) -> dict[int,
 
 
 class _Totals:
-    """For every row, upper bounds of the form and of its negative so far."""
+    """For every row, upper bounds of the form and of its negative so far; the form in the input ``apart`` if asked for."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, apart: bool = False) -> None:
+        self.count, self.apart = count, apart
+        self.input: Dyadic | None = None
         zero = np.zeros(count, np.int64)
         self.high = self.low = Dyadic(zero.astype(object), zero)
 

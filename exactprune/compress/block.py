@@ -29,7 +29,9 @@ import numpy as np
 
 from exactprune.compress.deviation import gamma, inflated
 
-_SMALL = 200_000  # products that are worth an exact comparison
+_SMALL = 200_000  # products that are worth an exact comparison, or tuning
+_LIFTS = (0.0, 0.5, 2.0, 8.0, 32.0)  # of units above 0, in what they vary, that are tried
+_STEPS = 1024  # units in the last place that a weight moves, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,12 +113,50 @@ class Units:
     upper: np.ndarray
 
 
-def placed(block: Block, v: np.ndarray, u: np.ndarray) -> Units:
-    """Choose the biases for given (stored) V and U: c so that V x + c >= 0 on the enclosure, d to centre the error."""
+def placed(block: Block, v: np.ndarray, u: np.ndarray, *, tune: bool = True) -> Units:
+    """Choose the biases for given (stored) V and U: c so that V x + c >= 0 on the enclosure, d to centre the error.
+
+    Small blocks, with ``tune``: of several c, each with U tuned to what d cannot represent (``_tuned``), the one of least
+    deviation.
+    """
     if block.padded:
         return _with_constant_channel(block, v, u)
-    low, high = ranges(block, v)
-    c = np.zeros(len(v), block.dtype) if block.linear else _at_least(-low, block.dtype)
+    ranged = ranges(block, v)
+    best = _with_biases(block, v, u, ranged, 0.0)
+    small = len(block.w_out) * block.w_in.size <= _SMALL and np.array_equal(block.owner, np.arange(len(u)))
+    if not (tune and small and len(v)):
+        return best
+    offers = [best, *(_tuned(block, _with_biases(block, v, u, ranged, lift), ranged) for lift in _LIFTS)]
+    return min(offers, key=lambda units: float((deviation(block, units) * block.gain).max(initial=0.0)))
+
+
+def _tuned(block: Block, units: Units, ranged: tuple[np.ndarray, np.ndarray]) -> Units:
+    """U moved by a few units in the last place, so that the constant comes out where d cannot make it.
+
+    Where unit j is h_j in the middle of the domain and varies by rho_j, a step of its weight moves the constant by ulp h_j
+    at the price of ulp rho_j, which is less the farther it is lifted. From coarse steps to fine ones.
+    """
+    with np.errstate(all="ignore"):
+        constant, _ = _constant(block, units)
+        rest = (constant - units.d).astype(np.float64)
+        middle = (units.v.astype(block.work) @ block.mid + units.c).astype(np.float64)
+        steps = np.spacing(np.abs(units.u)).astype(np.float64) * np.abs(middle)
+        u = units.u.copy()
+        rows = np.arange(len(u))
+        for unit in np.argsort(-steps, axis=1).T:
+            size = steps[rows, unit]
+            count = np.clip(np.rint(np.divide(rest, size, out=np.zeros_like(rest), where=size > 0)), -_STEPS, _STEPS)
+            moved = (u[rows, unit] + np.sign(middle[unit]) * count * np.spacing(np.abs(units.u[rows, unit]))).astype(block.dtype)
+            rest -= (moved.astype(np.float64) - u[rows, unit].astype(np.float64)) * middle[unit]
+            u[rows, unit] = moved
+    return Units(units.v, units.c, u, units.d, units.lower, units.upper)
+
+
+def _with_biases(block: Block, v: np.ndarray, u: np.ndarray, ranged: tuple[np.ndarray, np.ndarray], lift: float) -> Units:
+    """The least biases c that keep the units at 0 and above, lifted by so many times what the units vary."""
+    low, high = ranged
+    least = np.zeros(len(v)) if block.linear else -low
+    c = _at_least(least + lift * (high - low), block.dtype)
     zero = np.zeros(block.b_out.shape, block.dtype)
     with np.errstate(over="ignore"):
         d = _constant(block, Units(v, c, u, zero, low, high))[0].astype(block.dtype)

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from exactprune.compress.rewrite import Rewrite
 
 INPUTS = 12  # that vary, at most
-BOXES = 3000  # looked at, at most
+BOXES = 5000  # looked at, at most
 WIDTH = 4000  # neurons and outputs of one network, at most
-_MARGIN = 1.01  # on the errors: the bounds of a certificate may be a little wider than the verdicts'
+_MARGIN = 0.01  # of the errors is added: the bounds of a certificate may be a little wider than the verdicts'
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,7 @@ def joint(network: Network, domain: Box, verdicts: Sequence[LayerVerdict], rewri
     g = checked(rewrite.network)
     try:
         errors = local_errors(known_bounds(network, domain, verdicts), g, list(hints_of(network, rewrite)))
-        errors = [error * _MARGIN for error in errors]
+        errors = [error.wider(_MARGIN) for error in errors]
         tree = _Tree(domain.lower.reshape(1, -1).astype(np.float64), domain.upper.reshape(1, -1).astype(np.float64))
         while tree.open.size and len(tree.dims) <= boxes:
             tree.look(*chains.deviation(g, errors, tree.low[tree.open], tree.high[tree.open], target), target)

@@ -8,10 +8,12 @@ for bit either, and that difference is the scale on which to read the other one.
 from __future__ import annotations
 
 import importlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,8 @@ from exactprune.domain import Box
 from exactprune.errors import ShapeError
 from exactprune.network import Network
 
+_WORK = 2e9  # multiply-accumulates of a search, about
+_EXACT = 3e6  # multiply-accumulates of a network that is evaluated in rationals
 Run = Callable[[np.ndarray], np.ndarray]
 
 
@@ -148,7 +152,8 @@ class Found:
     """The largest deviation that a search found: a lower bound of the true one, next to a certified upper bound.
 
     Attributes:
-        deviation: abs(f - g) in float64 at ``point``, less what float64 may be off there.
+        deviation: abs(f - g) at ``point``: in float64, less what that may be off there, or, of small networks, in rationals,
+            rounded down.
         point: an input in the box, float64.
     """
 
@@ -160,11 +165,14 @@ def search_deviation(f: Network, g: Network, domain: Box, *, starts: int = 32, r
                      seed: int = 0) -> Found:
     """Look for an input of the box where f and g differ most: random starts, then steps to where the gradient points.
 
+    Half of the starts step towards the corner that the gradient of abs(f - g) points to, half along its sign; a step that
+    does not help is halved for that start alone. Small networks get more starts.
+
     Args:
         f, g: networks with one interface.
         domain: the box.
         starts: random points and corners to start from.
-        rounds: steps; each goes towards the corner that the gradient of abs(f - g) points to, by halves.
+        rounds: steps.
         seed: of the starts.
     """
     import torch
@@ -174,19 +182,31 @@ def search_deviation(f: Network, g: Network, domain: Box, *, starts: int = 32, r
     rng = np.random.default_rng(seed)
     programs = [compile_network(network) for network in (f, g)]
     lower, upper = programs[0].box(domain)
-    best = np.concatenate([domain.sample(starts, rng), domain.corners(starts, rng)]).reshape(2 * starts, -1)
-    step = 1.0
-    for _ in range(rounds):
+    more = int(np.clip(_WORK / max(f.macs + g.macs, 1) / 3 / rounds, 1, 32))
+    best = _starts(f, g, domain, starts * more, rng)
+    share = torch.ones(len(best), 1, dtype=torch.float64)
+    along = (torch.arange(len(best)) % 2 == 0)[:, None]
+    for _ in range(rounds * min(more, 4)):
         points = torch.tensor(best, requires_grad=True)
-        (slope,) = torch.autograd.grad(_gap(output_of, programs, points).sum(), points)
-        corner = torch.where(slope > 0, upper, torch.where(slope < 0, lower, points)).detach()
-        moved = (points.detach() + step * (corner - points.detach())).clamp(min=lower, max=upper)
-        both = torch.stack([points.detach(), moved])
-        gaps = torch.stack([_gap(output_of, programs, x) for x in both])
-        better = gaps[1] > gaps[0]
-        best = torch.where(better[:, None], moved, points.detach()).numpy()
-        step = step if bool(better.any()) else step / 2
+        gap = _gap(output_of, programs, points)
+        (slope,) = torch.autograd.grad(gap.sum(), points)
+        here = points.detach()
+        corner = torch.where(slope > 0, upper, torch.where(slope < 0, lower, here))
+        moved = torch.where(along, here + share * (corner - here), here + share * (upper - lower) * slope.sign() / 2)
+        moved = moved.clamp(min=lower, max=upper)
+        better = (_gap(output_of, programs, moved) > gap)[:, None]
+        best = torch.where(better, moved, here).numpy()
+        share = torch.where(better, share, share / 2)
     return _certain(f, g, best.reshape(-1, *domain.shape))
+
+
+def _starts(f: Network, g: Network, domain: Box, count: int, rng: np.random.Generator) -> np.ndarray:
+    """The most promising of many random points and corners, (2 count, inputs)."""
+    points = np.concatenate([domain.sample(2 * count, rng), domain.corners(2 * count, rng)])
+    with np.errstate(all="ignore"):
+        gaps = np.abs(f.evaluate(points, np.float64) - g.evaluate(points, np.float64)).reshape(len(points), -1).max(axis=1)
+    best = np.argsort(-np.nan_to_num(gaps, nan=0.0), kind="stable")[:count]
+    return np.concatenate([points[best], points[rng.permutation(len(points))[:count]]]).reshape(2 * count, -1)
 
 
 def _gap(output_of: Any, programs: Any, points: Any) -> Any:
@@ -196,6 +216,24 @@ def _gap(output_of: Any, programs: Any, points: Any) -> Any:
 
 def _certain(f: Network, g: Network, points: np.ndarray) -> Found:
     (a, wrong_a), (b, wrong_b) = evaluate_with_error(f, points), evaluate_with_error(g, points)
-    gaps = (np.abs(a - b) - wrong_a - wrong_b).reshape(len(points), -1).max(axis=1, initial=0.0)
-    winner = int(np.nan_to_num(gaps, nan=0.0).argmax())
-    return Found(max(0.0, float(gaps[winner])), points[winner])
+    seen = np.nan_to_num(np.abs(a - b).reshape(len(points), -1).max(axis=1, initial=0.0), nan=0.0)
+    sure = (np.abs(a - b) - wrong_a - wrong_b).reshape(len(points), -1).max(axis=1, initial=0.0)
+    winner = int(np.nan_to_num(sure, nan=0.0).argmax())
+    found = Found(max(0.0, float(sure[winner])), points[winner])
+    if max(f.macs, g.macs) > _EXACT or not seen.max(initial=0.0):
+        return found
+    likely = int(seen.argmax())
+    exact = difference_at(f, g, points[likely])
+    return Found(exact, points[likely]) if exact > found.deviation else found
+
+
+def difference_at(f: Network, g: Network, x: np.ndarray) -> float:
+    """The largest abs(f - g) of any output at one float64 point, computed in rationals and rounded down."""
+    from exactprune.bounds.difference import joint_network
+    from exactprune.bounds.forward import exact_preactivations
+
+    joint = joint_network(f, g)
+    values = exact_preactivations(joint.network, x, joint.last, range(int(np.prod(f.output_shape))))
+    largest = max((abs(value) for value in values), default=Fraction(0))
+    near = float(largest)
+    return near if Fraction(near) <= largest else math.nextafter(near, 0.0)

@@ -29,7 +29,7 @@ from exactprune.network import Network
 
 _WORTH_ANOTHER = 0.2  # share of the budget that has to be left for another round
 _TWINS = 0.25  # share of the budget that proportional neurons may use
-_NOMINAL = (4096, 512, 64, 8)  # times the budget that sums of worst cases may reach, where the joint deviation is bounded afresh
+_NOMINAL = (32768, 4096, 512, 64, 8)  # times the budget that a sum of worst cases may reach if the joint one is bounded
 _LOOSE = 60  # times the largest deviation seen: a claim above is bounded afresh, aiming for half of that
 
 
@@ -147,15 +147,17 @@ def _rewritten(network: Network, domain: Box, layers: Sequence[LayerVerdict], bu
 
 def _further(network: Network, domain: Box, layers: Sequence[LayerVerdict], budget: Budget, found: Rewrite) -> Rewrite:
     """What goes beyond the sum of worst cases, where the joint deviation of the result is proved to be within the budget."""
-    left = BOXES
+    left, tried = BOXES, {found.network.sha256}
     for times in _NOMINAL:
         more = _rewritten(network, domain, layers, budget, times * budget.eps)
-        if _size(more.network) >= _size(found.network) or sampled(network, more.network, domain) > budget.eps / 2:
+        if more.network.sha256 in tried or _size(more.network) >= _size(found.network):
             continue
-        proved = joint(network, domain, layers, more, budget.eps * 0.97, left)
-        if proved is not None and proved.eps <= budget.eps:
-            return _with(more, proved)
-        left = left // 2
+        tried.add(more.network.sha256)
+        if sampled(network, more.network, domain) <= budget.eps / 2:
+            proved = joint(network, domain, layers, more, budget.eps * 0.97, left)
+            if proved is not None and proved.eps <= budget.eps:
+                return _with(more, proved)
+            left = left // 2
     return found
 
 

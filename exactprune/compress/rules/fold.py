@@ -17,4 +17,4 @@ def folded(block: Block) -> Units:
     """The product as stored weights: V is W_out W_in rounded, U the identity (exact, and not stored)."""
     with np.errstate(over="ignore"):
         stored = block.product.astype(block.dtype)
-    return placed(block, stored, np.eye(len(stored), dtype=block.dtype))
+    return placed(block, stored, np.eye(len(stored), dtype=block.dtype), tune=False)
