@@ -23,7 +23,7 @@ _SHADES = 10
 
 def render_comparison(facts: Mapping[str, Any]) -> str:
     """The page of a comparison's facts (``comparison.run_study``)."""
-    style, script = asset("report.css") + asset("comparison.css"), asset("comparison.js")
+    style, script = asset("report.css") + asset("panels.css") + asset("comparison.css"), asset("comparison.js")
     methods = list(dict.fromkeys(row["method"] for row in facts["summary"]))
     combined = [m for m in methods if m.startswith("lossless, then ")]
     drawn = _Drawing(facts)

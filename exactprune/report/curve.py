@@ -21,7 +21,8 @@ def removal_curve(network: Network, record: RunRecord) -> list[dict[str, Any]]:
         record: its run folder.
 
     Returns:
-        Rows of ``allowed`` (text), ``certified`` (text, rounded up), ``eps``, ``neurons``, ``parameters``.
+        Rows of ``allowed`` (text), ``certified`` (text, rounded up), ``eps``, ``neurons``, ``parameters``, and of the original
+        ``neurons_before`` and ``parameters_before``.
 
     Raises:
         CertificateError: the run is about another network.
@@ -30,7 +31,7 @@ def removal_curve(network: Network, record: RunRecord) -> list[dict[str, Any]]:
         raise CertificateError(f"{record.folder}: the model is not the one of this run; give the model with --model")
     rounding = compress_network(network, record.domain, record.layers, max_deviation="rounding")
     allowed: list[tuple[str, str | float]] = [("exact", "exact"), ("rounding", "rounding")]
-    allowed += [(f"{share:.0e} of R = {share * rounding.reach:.3g}", share * rounding.reach) for share in SHARES
+    allowed += [(f"{share * rounding.reach:.3g} ({share:g} R)", share * rounding.reach) for share in SHARES
                 if rounding.reach > 0]
     return [_row(text, network, record, budget) for text, budget in allowed]
 
@@ -38,4 +39,5 @@ def removal_curve(network: Network, record: RunRecord) -> list[dict[str, Any]]:
 def _row(text: str, network: Network, record: RunRecord, budget: str | float) -> dict[str, Any]:
     found = compress_network(network, record.domain, record.layers, max_deviation=budget)
     return {"allowed": text, "certified": upward(found.eps) if found.eps else "0", "eps": found.eps,
-            "neurons": found.network.neurons, "parameters": found.network.parameters}
+            "neurons": found.network.neurons, "parameters": found.network.parameters, "neurons_before": network.neurons,
+            "parameters_before": network.parameters}

@@ -23,7 +23,7 @@ from markupsafe import Markup, escape
 
 from exactprune.compress.levels import upward
 from exactprune.io.atomic import write_bytes
-from exactprune.report import plots
+from exactprune.report import panels, plots
 from exactprune.report.page import facts_of
 from exactprune.report.page_markdown import report_markdown
 from exactprune.report.record import read_run
@@ -62,11 +62,11 @@ def write_report(folder: str | Path, output: str | Path | None = None, *,
 
 def render_html(facts: Mapping[str, Any]) -> str:
     """The page of a run's facts; equal facts give equal bytes."""
-    style, script = asset("report.css"), asset("report.js")
+    style, script = asset("report.css") + asset("panels.css"), asset("report.js")
     return environment().get_template("report.html").render(
         f=facts, policy=policy(style, script), style=Markup(style), script=Markup(script), island=Markup(island(facts)),
         statuses=_STATUSES, layers=[_drawn(layer, facts["kinds"]) for layer in facts["layers"]],
-        curve=plots.curve_plot(facts["curve"], "Neurons left at each allowed deviation"),
+        curve=panels.curve_panel(facts["curve"]) if facts["curve"] else "",
         longest=max((float(s["seconds"]) for s in facts["stages"]), default=0.0) or 1.0)
 
 
@@ -102,6 +102,7 @@ def _drawn(layer: Mapping[str, Any], kinds: Sequence[Mapping[str, str]]) -> dict
     return {"facts": layer, "intervals": plots.interval_plot(layer, kinds),
             "bar": plots.share_bar(layer, _STATUSES, f"Share of each status in {where}"),
             "heat": channels and plots.heat_map(channels, _STATUSES, f"Share of each status by channel in {where}"),
+            "where": channels and plots.position_map(layer, f"Share of the interval above 0 at every position of {where}"),
             "channels": channels and len(channels["inactive"])}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 320.0, 190.0
-LEFT, RIGHT, TOP, BOTTOM = 44.0, 308.0, 10.0, 160.0
+LEFT, RIGHT, WIDE, TOP, BOTTOM = 44.0, 308.0, 520.0, 10.0, 160.0
 
 Point = tuple[float, float]
 
@@ -101,6 +101,30 @@ def panel(axes: Axes, lines: Sequence[Line], label: str, *, band: tuple[Sequence
                   f'{"".join(parts)}</svg>')
 
 
+def curve_panel(rows: Sequence[Mapping[str, Any]]) -> Markup:
+    """What is left of neurons and parameters over the certified deviation: powers of ten, and 0 at the left."""
+    eps = [float(row["eps"]) for row in rows]
+    logs = [math.log10(e) for e in eps if e > 0] or [0.0]
+    low, high = math.floor(min(logs)), max(math.ceil(max(logs)), math.floor(min(logs)) + 1)
+    share = share_axes((2.0,))
+
+    def x(value: float) -> float:
+        return LEFT + 8 if value <= 0 else LEFT + 40 + (WIDE - LEFT - 52) * (math.log10(value) - low) / (high - low)
+
+    step = max(1, math.ceil((high - low) / 6))
+    places = [(LEFT + 8, "0"), *((x(10.0**k), _power(k)) for k in range(low, high + 1, step))]
+    parts = [_rows(share, WIDE), *(_below(at, text) for at, text in places), _below((LEFT + WIDE) / 2, "certified deviation", 2)]
+    for css, key in (("magnitude", "parameters"), ("method", "neurons")):
+        points = [(x(e), share.y(row[key] / max(row[f"{key}_before"], 1))) for e, row in zip(eps, rows, strict=True)]
+        path = f"M{_n(points[0][0])} {_n(points[0][1])}" + "".join(f"H{_n(a)}V{_n(b)}" for a, b in points[1:]) + f"H{_n(WIDE)}"
+        parts.append(f'<path class="{css}" d="{path}"/>')
+        parts += [f'<circle class="{css} dot" cx="{_n(a)}" cy="{_n(b)}" r="3"/>' for a, b in dict.fromkeys(points)]
+    said = "; ".join(f"{row['certified']}: {row['neurons']:,} neurons, {row['parameters']:,} parameters" for row in rows)
+    label = f"Left at each certified deviation: {said}"
+    return Markup(f'<svg class="panel broad" viewBox="0 0 {_n(WIDE + 8)} {_n(HEIGHT)}" role="img" aria-label="{escape(label)}">'
+                  f'{"".join(parts)}</svg>')
+
+
 def bars(names: Sequence[str], before: Sequence[float], after: Sequence[float], label: str) -> Markup:
     """Outputs of two networks side by side, one row an output, the largest of each in full colour."""
     low, high = min(0.0, *before, *after), max(0.0, *before, *after)
@@ -126,10 +150,20 @@ def bars(names: Sequence[str], before: Sequence[float], after: Sequence[float], 
 
 
 def _frame(axes: Axes) -> str:
-    rows = [f'<path class="grid" d="M{_n(LEFT)} {_n(axes.y(v))}H{_n(RIGHT)}"/>'
-            f'<text x="{_n(LEFT - 4)}" y="{_n(axes.y(v) + 4)}" text-anchor="end">{text}</text>' for v, text in axes.ticks]
-    columns = [f'<text x="{_n(axes.x(r))}" y="{_n(BOTTOM + 15)}" text-anchor="middle">{r:g}x</text>' for r in _apart(axes)]
-    return "".join(rows + columns) + f'<text x="{_n((LEFT + RIGHT) / 2)}" y="{_n(HEIGHT - 2)}" text-anchor="middle">ratio</text>'
+    columns = [_below(axes.x(r), f"{r:g}x") for r in _apart(axes)]
+    return _rows(axes, RIGHT) + "".join(columns) + _below((LEFT + RIGHT) / 2, "ratio", 2)
+
+
+def _below(x: float, text: str, line: int = 1) -> str:
+    """Text under the drawing, in the first line or in the second."""
+    y = BOTTOM + 15 if line == 1 else HEIGHT - 2
+    return f'<text x="{_n(x)}" y="{_n(y)}" text-anchor="middle">{text}</text>'
+
+
+def _rows(axes: Axes, right: float) -> str:
+    """Lines across at the ticks, with their labels."""
+    return "".join(f'<path class="grid" d="M{_n(LEFT)} {_n(axes.y(v))}H{_n(right)}"/>'
+                   f'<text x="{_n(LEFT - 4)}" y="{_n(axes.y(v) + 4)}" text-anchor="end">{text}</text>' for v, text in axes.ticks)
 
 
 def _apart(axes: Axes) -> list[float]:

@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 1000.0, 200.0
 STATUSES = ("inactive", "unstable", "unknown", "active")  # left to right in the interval picture
 _MOST_BARS = 400
+_MOST_CELLS = 40_000
 _THIN = 4.0
 _AXIS = 72.0
 
@@ -63,35 +64,38 @@ def _cell(name: str, row: int, channel: int, share: float, step: float) -> str:
             f'opacity="{_n(0.12 + 0.88 * share)}"><title>channel {channel}: {100 * share:.4g} % {name}</title></rect>')
 
 
-def curve_plot(rows: Sequence[Mapping[str, Any]], label: str) -> Markup:
-    """Neurons left at each allowed deviation, one bar a row, from 0 neurons at the bottom."""
-    most = max((row["neurons"] for row in rows), default=1) or 1
-    step = WIDTH / max(len(rows), 1)
-    points = [(step * (i + 0.5), HEIGHT * (1 - row["neurons"] / most)) for i, row in enumerate(rows)]
-    bars = "".join(f'<rect class="time" x="{_n(x - 0.35 * step)}" y="{_n(y)}" width="{_n(0.7 * step)}" '
-                   f'height="{_n(HEIGHT - y)}"/>' for x, y in points)
-    return _svg(bars + f'<path class="zero" d="M0 {_n(HEIGHT - 0.5)}H{_n(WIDTH)}"/>', label, HEIGHT)
-
-
-def line_plot(series: Sequence[Sequence[float]], control: float | None, label: str, floor: float | None = None) -> dict[str, Any]:
-    """One line a series, over equally spaced places; the control is a dashed line. Values that are not finite are left out.
+def position_map(layer: Mapping[str, Any], label: str) -> dict[str, Any] | None:
+    """Every position of a layer of images by the share of its proved interval above 0; each channel is a tile, row by row.
 
     Returns:
-        ``svg`` and ``axis`` (labels of its ends).
+        ``svg`` and ``columns`` (tiles a row); None where the shape is no image, or cells would be too many to see.
     """
-    values = [v for line in series for v in line if np.isfinite(v)] + ([] if control is None else [control])
-    low, high = min(values, default=0.0) if floor is None else floor, max(values, default=1.0)
-    span = (high - low) or 1.0
-    step = WIDTH / max(max(map(len, series), default=1), 1)
-    parts = []
-    for k, line in enumerate(series):
-        points = [f"{_n(step * (i + 0.5))} {_n(6 + (HEIGHT - 12) * (high - v) / span)}" for i, v in enumerate(line)
-                  if np.isfinite(v)]
-        last = " last" if k == len(series) - 1 else ""
-        parts.append(f'<path class="line c{k % 8}{last}" d="M{"L".join(points)}"/>' if points else "")
-    if control is not None:
-        parts.append(f'<path class="zero" d="M0 {_n(6 + (HEIGHT - 12) * (high - control) / span)}H{_n(WIDTH)}"/>')
-    return {"svg": _svg("".join(parts), label, HEIGHT), "axis": _axis(high, low, -1.0), "low": low, "high": high}
+    shape = tuple(layer["shape"])
+    if len(shape) != 3 or not 0 < np.prod(shape) <= _MOST_CELLS:
+        return None
+    level = _levels(*(np.array([float(v) for v in layer[name]]) for name in ("lower", "upper"))).reshape(shape)
+    columns = shape[0] if shape[0] <= 16 else max(1, min(shape[0], round(np.sqrt(4 * shape[0] * shape[1] / shape[2]))))
+    high, wide = shape[1] + 1, shape[2] + 1
+    parts = [f'<path class="h{k}" d="{_cells(level == k, columns, high, wide)}"/>' for k in np.unique(level).tolist()]
+    size = f"{columns * wide - 1} {-(-shape[0] // columns) * high - 1}"
+    svg = Markup(f'<svg class="map" viewBox="0 0 {size}" shape-rendering="crispEdges" role="img" aria-label="{escape(label)}">'
+                 f'{"".join(parts)}</svg>')
+    return {"svg": svg, "columns": columns}
+
+
+def _levels(lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+    """0 where never above 0, 10 where never below, 1 to 9 in between by the share of the interval above 0."""
+    lower, upper = (np.clip(np.nan_to_num(v, nan=0.0), -1e300, 1e300) / 2 for v in (lower, upper))
+    share = np.divide(upper, upper - lower, out=np.full(lower.shape, 0.5), where=upper > lower)
+    return np.where(upper <= 0, 0, np.where(lower >= 0, 10, np.clip(np.rint(10 * share), 1, 9))).astype(int)
+
+
+def _cells(mask: np.ndarray, columns: int, high: int, wide: int) -> str:
+    """Path of the cells of a mask (channels, height, width): one rectangle a run in a row."""
+    channel, row, column = np.nonzero(np.diff(mask.astype(np.int8), axis=2, prepend=0) == 1)
+    ends = np.nonzero(np.diff(mask.astype(np.int8), axis=2, append=0) == -1)[2]
+    x, y = channel % columns * wide + column, channel // columns * high + row
+    return "".join(f"M{a} {b}h{n}v1h-{n}z" for a, b, n in zip(x.tolist(), y.tolist(), (ends - column + 1).tolist(), strict=True))
 
 
 def _axis(high: float, low: float, zero: float) -> Markup:
