@@ -18,11 +18,13 @@ from exactprune.checker.backward import Substitution
 from exactprune.checker.dyadic import Array, Dyadic
 from exactprune.checker.forward import ForwardStep
 from exactprune.checker.layers import (
+    AvgPool,
     Interval,
     Layer,
     Linear,
     MaxPool,
     ReLU,
+    Sum,
     interval,
     layers,
     support,
@@ -140,17 +142,31 @@ class Bounds:
             found = layer.interval([(self.lower[k].reshape(shape), self.upper[k].reshape(shape))], True)
         else:
             layer.prepare(*self.ranges[inputs[0]])
-            found = self._range(position, layer, [self.ranges[i] for i in inputs])
+            found = self.node_range(position, [self.ranges[i] for i in inputs], True)
         if not (np.isfinite(found[0]).all() and np.isfinite(found[1]).all()):
             raise CheckError(f"node {position}: its interval bounds leave the range of float64")
         self.ranges[position] = found
 
-    def _range(self, position: int, layer: Layer, inputs: list[Pair]) -> Pair:
-        linear = self.forward_step(position)
-        try:
-            return layer.interval(inputs, True) if linear is None else linear.range(*inputs[0])
-        except OverflowError:
-            return layer.interval(inputs, True)
+    def node_range(self, position: int, inputs: list[Pair], exact: bool) -> Pair:
+        """Bounds of a node without bounds of its own over boxes of its inputs: (1, *shape) where exact, else (boxes, *shape)."""
+        layer, linear = self.layers[position], self.forward_step(position)
+        if linear is not None:
+            try:
+                return linear.range(*inputs[0], signs=exact)
+            except OverflowError:
+                pass
+        return layer.interval(inputs, exact)
+
+    def direct(self, position: int) -> bool:
+        """Whether a ReLU reads one linear map of the input, shifted and scaled at most: intervals lose nothing there."""
+        seen = 0
+        while position != INPUT:
+            position = self.network.nodes[position].inputs[0]
+            layer = None if position == INPUT else self.layers[position]
+            seen += isinstance(layer, Linear)
+            if isinstance(layer, ReLU | MaxPool | AvgPool | Sum) or seen > 1:
+                return False
+        return True
 
     def forward_step(self, position: int) -> ForwardStep | None:
         """The forward step of a node with weights, if it has one."""

@@ -195,13 +195,14 @@ def local_bounds(bounds: Bounds, last: int, lower: Array, upper: Array, exact: b
             k = bounds.layer_of[position]
             low, high = (b.reshape(count, -1) for b in ranges[inputs[0]])
             relu[k] = np.maximum(low, bounds.lower[k]), np.minimum(high, bounds.upper[k])
-            if k < last:
+            if k < last and not bounds.direct(position):
                 _tighten(bounds, k, Region(ranges[INPUT], relu, pools), *relu[k], exact)
             ranges[position] = op.interval([tuple(b.reshape(count, *op.shape) for b in relu[k])], exact)  # type: ignore[list-item]
             continue
         if isinstance(op, MaxPool):
             pools[position] = ranges[inputs[0]]
-        ranges[position] = op.interval([ranges[i] for i in inputs], exact)
+        given = [ranges[i] for i in inputs]
+        ranges[position] = op.interval(given, True) if exact else bounds.node_range(position, given, False)
         if not (np.isfinite(ranges[position][0]).all() and np.isfinite(ranges[position][1]).all()):
             raise CheckError(f"node {position}: its interval bounds leave the range of float64")
     return Region(ranges[INPUT], relu, pools)

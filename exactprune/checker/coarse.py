@@ -240,15 +240,18 @@ def relax(v: Rows, bounds: Lines, index: Array | None, given: tuple[Array, Array
         v = _on_grid(v, given)
     open_ = ~(bounds.active | bounds.inactive)
     some = np.flatnonzero(open_ if given is None else open_ | given[2].any(axis=1))
-    values = v.values[some]
-    low, high, chord = (_pick(b[some], index) for b in (bounds.lower, bounds.upper, bounds.chord))
+    every = len(some) == len(v.values)
+    values = v.values if every else v.values[some]
+    low, high, chord = (_pick(b if every else b[some], index) for b in (bounds.lower, bounds.upper, bounds.chord))
     slope = np.rint(values * np.where(values >= 0, chord, chord > 0.5))
     if given is not None:
         numbers, shift, mask = given
         each = np.ldexp(numbers[some].astype(np.float64), np.clip(-shift - v.exponent, -2000, 2000))
         slope = np.where(mask[some], np.rint(np.clip(each, -(2.0**BITS), 2.0**BITS)), slope)
-    constant = _intercept(values, slope, low, high)
+    constant = _plain_intercept(values, slope, low, high) if given is None else _intercept(values, slope, low, high)
     top = BITS + 2 + max(bits_of(low), bits_of(high))
+    if every:
+        return Rows(slope, v.exponent), sum_up(constant, v.exponent, top)
     a = v.values * bounds.active[:, None]
     a[some] = slope
     return Rows(a, v.exponent), sum_up(constant, v.exponent, top)
@@ -262,6 +265,19 @@ def _intercept(v: Array, a: Array, low: Array, high: Array) -> Array:
     """The maximum of v relu(t) - a t over t in {low, high} and 0 if it lies between: one float64 product each."""
     found = np.maximum((np.where(low >= 0, v, 0.0) - a) * low, (np.where(high >= 0, v, 0.0) - a) * high)
     return np.where((low < 0) & (high > 0), np.maximum(found, 0.0), found)
+
+
+def _plain_intercept(v: Array, a: Array, low: Array, high: Array) -> Array:
+    """As ``_intercept`` for the fixed rule: a is v where low >= 0 and 0 where high <= 0, and the maximum is 0 there.
+
+    Elsewhere 0 is between, and the maximum of -a low, (v - a) high and 0. With low cut to at most 0 and high to at least 0 that
+    also holds where low >= 0 (v - a = 0) and where high <= 0 (a = 0).
+    """
+    found = a * -np.minimum(low, 0.0)
+    other = v - a
+    other *= np.maximum(high, 0.0)
+    np.maximum(found, other, out=found)
+    return np.maximum(found, 0.0, out=found)
 
 
 def _on_grid(v: Rows, given: tuple[Array, Array, Array]) -> Rows:

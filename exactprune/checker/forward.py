@@ -82,8 +82,8 @@ class ForwardStep:
         grown = x.radius * self.sums.max(initial=0.0) + radius + _largest(values) * 2.0**-52
         return Points(values, grown * UP)
 
-    def range(self, lower: Array, upper: Array) -> tuple[Array, Array]:
-        """Bounds of W x + b over a box (1, *shape); those that may be 0 or have the sign that rounding hid are exact.
+    def range(self, lower: Array, upper: Array, signs: bool = True) -> tuple[Array, Array]:
+        """Bounds of W x + b over boxes (boxes, *shape); with ``signs``, for one box, exact where rounding may hide one.
 
         The range is W c + b -+ abs(W) r for the centre c and radii r; r is taken up to its limbs' grid by ``_dropped``.
         """
@@ -95,6 +95,8 @@ class ForwardStep:
         excess = np.ldexp(_largest(centre) + _largest(reach), -51) * self.sums.max(initial=0.0)  # of reach over (u - l) / 2
         slack = (middle.radius + radius + _largest(spread) * 2.0**-50 + _largest(middle.values) * 2.0**-50 + excess) * UP
         low, high = middle.values - spread - column(slack, spread), middle.values + spread + column(slack, spread)
+        if not signs:
+            return low, high
         gap = column(2.0 * slack * UP, spread)
         close = np.flatnonzero(((high > 0) & (high <= gap)) | ((low < 0) & (low >= -gap)))
         if len(close):

@@ -35,7 +35,8 @@ def random_floats(rng, *shape):
 
 
 def random_rows(rng, n, rows):
-    return Rows(np.rint(rng.standard_normal((n, rows)) * 2.0**26), rng.integers(-60, 20, rows))
+    values = np.clip(np.rint(rng.standard_normal((n, rows)) * 2.0**26), -(2.0**28), 2.0**28)
+    return Rows(values, rng.integers(-60, 20, rows))
 
 
 @given(SEEDS)
