@@ -28,7 +28,7 @@ def run_verify(model: Path, flags: DomainFlags, options: VerifyOptions, source: 
     """``exactprune verify``."""
     network, domain, data, folder = _prepare(model, flags, source, output)
     result = _verify(network, domain, data, options, folder, output)
-    summary = _write_run(result, folder, model)
+    summary = _write_run(result, folder, model, source.arch)
     from exactprune.report.tables import verify_report
 
     _show(summary, verify_report(summary, str(folder)), output)
@@ -53,7 +53,8 @@ def run_compress(model: Path, out: Path, change: CompressFlags, flags: DomainFla
     from exactprune.report.compression import compress_report, write_compression
 
     certificate = change.certificate or out.with_name(f"{out.name}.certificate")
-    summary = write_compression(smaller, folder, _write_run(result, folder, model), model, out, (bundle, certificate))
+    summary = write_compression(smaller, folder, _write_run(result, folder, model, source.arch), model, out,
+                                (bundle, certificate))
     _show(summary, compress_report(summary, str(folder)), output)
     return 0
 
@@ -164,10 +165,10 @@ def _checkpoint(folder: Path, output: OutputFlags) -> Path:
     return path
 
 
-def _write_run(result: Any, folder: Path, model: Path) -> dict[str, Any]:
+def _write_run(result: Any, folder: Path, model: Path, arch: str | None = None) -> dict[str, Any]:
     from exactprune.report.record import write_run
 
-    summary = write_run(result, folder, model=model)
+    summary = write_run(result, folder, model=model, arch=arch)
     (folder / CHECKPOINT).unlink(missing_ok=True)
     return summary
 

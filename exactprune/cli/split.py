@@ -36,7 +36,7 @@ def run_split(model: Path, out: Path, change: CompressFlags, flags: DomainFlags,
     split.save(out, suffix=SUFFIX)
     certificates = [_write_certificate(out / f"piece{i}{SUFFIX}", bundle) for i, bundle in enumerate(bundles)]
     summary = _summary(split, model, out, certificates)
-    _write_run(split.single.verification, folder, model)
+    _write_run(split.single.verification, folder, model, source.arch)
     _show(summary, output)
     return 0
 

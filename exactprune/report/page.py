@@ -352,7 +352,8 @@ def _domain_flags(record: RunRecord) -> list[str]:
 def _shape_flag(run: Mapping[str, Any], model: str) -> list[str]:
     shape = run["model"]["input_shape"]
     needed = Path(model).suffix in (".pt", ".pth", ".safetensors") and len(shape) > 1
-    return ["--input-shape", ",".join(map(str, shape))] if needed else []
+    arch = run["model"].get("arch")
+    return [*(["--input-shape", ",".join(map(str, shape))] if needed else []), *(["--arch", arch] if arch else [])]
 
 
 def _flags(options: Mapping[str, Any], defaults: Any, without: Sequence[str] = ()) -> list[str]:

@@ -59,7 +59,7 @@ def default_folder(model: Path) -> Path:
 
 
 def write_run(verification: Verification, folder: str | Path, *, model: str | Path | None = None,
-              keep_network: bool | None = None) -> dict[str, Any]:
+              keep_network: bool | None = None, arch: str | None = None) -> dict[str, Any]:
     """Write the run folder.
 
     Args:
@@ -67,6 +67,7 @@ def write_run(verification: Verification, folder: str | Path, *, model: str | Pa
         folder: made when it does not exist; files of an earlier run in it are replaced.
         model: the file the network came from; None for a network made in Python.
         keep_network: write network.npz; by default only where the checker cannot read ``model`` itself.
+        arch: architecture that was given for a state_dict file.
 
     Returns:
         What run.json holds.
@@ -76,7 +77,7 @@ def write_run(verification: Verification, folder: str | Path, *, model: str | Pa
     if keep_network is None:
         keep_network = model is None or not checker_reads(model, verification.network)
     certificate = certificate_bytes(verification.records)
-    summary = summarise(verification, model, len(certificate))
+    summary = summarise(verification, model, len(certificate), arch)
     files = {"neurons.csv": neurons_csv(verification.layers).encode(), "domain.npz": domain_bytes(verification.domain),
              CERTIFICATES: certificate}
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,12 +129,13 @@ def read_summary(folder: Path) -> dict[str, Any]:
 # -- contents ----------------------------------------------------------------------------------------------------
 
 
-def summarise(verification: Verification, model: Path | None, certificate_size: int) -> dict[str, Any]:
+def summarise(verification: Verification, model: Path | None, certificate_size: int,
+              arch: str | None = None) -> dict[str, Any]:
     """What run.json holds; see docs/run-json.md."""
     v = verification
     return jsonable({
         "schema": SCHEMA,
-        "model": _model(v.network, model),
+        "model": _model(v.network, model) | ({} if arch is None else {"arch": arch}),
         "domain": {"sha256": v.domain.sha256, "source": v.domain.source, "min": float(v.domain.lower.min()),
                    "max": float(v.domain.upper.max())},
         "options": v.options,

@@ -16,10 +16,12 @@ from fractions import Fraction
 from html.parser import HTMLParser
 from importlib.resources import files
 from itertools import pairwise
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -405,3 +407,35 @@ def test_a_curve_of_another_model_is_refused(compressed, tmp_path, capsys):
     (tmp_path / "other.onnx").write_bytes((tmp_path / "small.onnx").read_bytes())
     assert command_line(["report", str(compressed[0]), "--curve", "--model", str(tmp_path / "other.onnx")]) == 2
     assert "is not the one of this run" in capsys.readouterr().err
+
+
+def test_the_architecture_of_a_state_dict_is_in_the_command_that_repeats_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).eval()
+    torch.save(module.state_dict(), "weights.pt")
+    assert command_line(["verify", "weights.pt", "--arch", "3-4-2", "--quiet"]) == 0
+    assert json.loads(Path("weights.exactprune/run.json").read_text())["model"]["arch"] == "3-4-2"
+    assert command_line(["report", "weights.exactprune", "--curve", "--quiet"]) == 0
+    repeat = json.loads(Path("weights.exactprune/report.json").read_text())["commands"]["repeat"]
+    assert "--arch 3-4-2" in repeat
+    assert command_line([*shlex.split(repeat)[1:], "--quiet"]) == 0
+
+
+def test_a_position_map_shows_every_cell_by_the_share_of_its_interval_above_zero():
+    from exactprune.report.plots import position_map
+
+    rng = np.random.default_rng(0)
+    lower = rng.normal(size=(5, 4, 6))
+    upper = lower + rng.exponential(size=lower.shape)
+    drawn = position_map({"shape": [5, 4, 6], "lower": lower.ravel().tolist(), "upper": upper.ravel().tolist()}, "<b>")
+    found = np.full(lower.shape, -1)
+    for level, path in re.findall(r'<path class="h(\d+)" d="([^"]*)"', drawn["svg"]):
+        for x, y, run in re.findall(r"M(\d+) (\d+)h(\d+)v1h-\d+z", path):
+            assert (found[int(x) // 7, int(y), int(x) % 7:int(x) % 7 + int(run)] == -1).all()
+            found[int(x) // 7, int(y), int(x) % 7:int(x) % 7 + int(run)] = int(level)
+    assert drawn["columns"] == 5 and ((found == 0) == (upper <= 0)).all() and ((found == 10) == (lower >= 0)).all()
+    share = np.clip(np.rint(10 * upper / (upper - lower)), 1, 9)
+    assert (found == np.where(upper <= 0, 0, np.where(lower >= 0, 10, share))).all() and "&lt;b&gt;" in drawn["svg"]
+    assert position_map({"shape": [200, 100, 100], "lower": [], "upper": []}, "") is None
+    ends = position_map({"shape": [1, 1, 3], "lower": ["-inf", "nan", 0.0], "upper": ["inf", "nan", "inf"]}, "")
+    assert 'class="h5"' in ends["svg"] and 'class="h10"' in ends["svg"]
