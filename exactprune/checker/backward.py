@@ -102,7 +102,7 @@ class Substitution:
             moved = self._shift(source) is not None
             most = np.abs(weight.reshape(-1, len(neurons))).max(axis=0, initial=0.0)
             exponent = np.frexp(most)[1].astype(np.int64) - 53  # a row of the largest value 2**52 and more will be rounded
-            part = Part(np.ldexp(weight * signs, -exponent), exponent, moved)
+            part = Part(coarse.outward(coarse.scaled_up(weight * signs, -exponent)), exponent, moved)
             pending.setdefault(source, []).append(part)
             return self._linear(node).constants(neurons, signs) if moved else bias * signs
         if isinstance(layer, Sum):
@@ -184,8 +184,9 @@ class LinearStep:
             size = dyadic.add_up(size, np.abs(shift.reshape(-1)))
             point = shift.reshape(1, *self.layer.shape)
             for limb, exponent in zip(self.cut.limbs, self.cut.exponents, strict=True):
-                value = np.ldexp(self.layer.forward(point, limb).reshape(-1), exponent)
-                low, high = -dyadic.add_up(-low, -value), dyadic.add_up(high, value)
+                value = self.layer.forward(point, limb).reshape(-1)
+                low = -dyadic.add_up(-low, coarse.scaled_up(-value, exponent))
+                high = dyadic.add_up(high, coarse.scaled_up(value, exponent))
         if self.cut.error is None:
             return low, high
         most = np.array(float(self.layer.weight.shape[2]) * size.max(initial=0.0) * (1 + 2.0**-40))

@@ -1,8 +1,8 @@
 """Trees of input splits: claims on sub-boxes of the domain, checked by bounds computed afresh on each.
 
 On a sub-box, layer after layer: interval bounds, intersected with those known on the whole domain, then both sides by
-backward substitution with the fixed slopes for every neuron that is still unstable there. Many sub-boxes form one
-batch.
+backward substitution with the fixed slopes for every neuron that is still unstable there (not in the first layer, where
+intervals lose nothing). Many sub-boxes form one batch.
 """
 
 from __future__ import annotations

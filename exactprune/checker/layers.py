@@ -5,11 +5,9 @@ Every operator answers three questions about y = op(x):
 - ``interval``: float64 bounds on y from float64 bounds on x, rounded outward;
 - ``backward``: given rows v (a linear form v . y each), rows w and constants c with v . y <= w . x + c.
 
-Two precisions: *coarse* (``EXACT`` false) carries rows of ``BITS`` bits in int64, with weights rounded to a grid and
-the
-rounding errors added to the biases as intervals; *exact* carries rows without any rounding. What rounding costs is
-always
-added to c, so both are sound: rounding a row v up to v' costs (v' - v) . max(-y, 0) <= unit * sum max(-lower(y), 0).
+Two precisions: *exact* carries rows without any rounding; *coarse* (``exact`` false) rounds outward. Affine layers and
+convolutions take their coarse steps in ``coarse`` and ``forward``; what is coarse here serves the other operators, and
+sub-boxes where ``forward`` gives up. Rounding a row v up to v' costs (v' - v) . max(-y, 0) <= unit * sum max(-lower(y), 0).
 """
 
 from __future__ import annotations

@@ -193,3 +193,15 @@ def test_forward_gives_up_beyond_its_range():
     huge = Linear(Op("Affine", {"weight": np.full((1, 1), 1e200), "bias": np.zeros(1)}), (1,), (1,))
     with pytest.raises(OverflowError):
         ForwardStep(huge)
+
+
+def test_a_tiny_weight_beside_a_huge_one_is_not_lost():
+    """z = 2**900 * 0 + 2**-900 * 1 > 0: scaling rows to a grid must not underflow to 0."""
+    weight = np.array([[2.0**900, 2.0**-900]])
+    network = build([Node("a", ops.Affine(weight, np.zeros(1)), (-1,)), Node("r", ops.ReLU(), (0,))], (2,), np.float64)
+    bounds = prover.fresh_bounds(network, np.array([0.0, 1.0]), np.array([0.0, 1.0]))
+    bounds.reach(0)
+    assert 0 < bounds.lower[0][0] <= 2.0**-900 <= bounds.upper[0][0]
+    for exact in (False, True):
+        found = bounds.maximise(0, np.array([0]), np.array([1]), bounds.domain(0), exact=exact)
+        assert found[0] >= 2.0**-900
