@@ -31,6 +31,7 @@ from exactprune.compress.deviation import gamma, inflated
 
 _SMALL = 200_000  # products that are worth an exact comparison, or tuning
 _LIFTS = (0.0, 0.5, 2.0, 8.0, 32.0)  # of units above 0, in what they vary, that are tried
+_GRID = 5_000_000  # numbers that trying roundings may take
 _STEPS = 1024  # units in the last place that a weight moves, at most
 
 
@@ -126,11 +127,12 @@ def placed(block: Block, v: np.ndarray, u: np.ndarray, *, tune: bool = True) -> 
     small = len(block.w_out) * block.w_in.size <= _SMALL and np.array_equal(block.owner, np.arange(len(u)))
     if not (tune and small and len(v)):
         return best
-    offers = [best, *(_tuned(block, _with_biases(block, v, u, ranged, lift), ranged) for lift in _LIFTS)]
+    tuned = [_tuned(block, _with_biases(block, v, u, ranged, lift)) for lift in _LIFTS]
+    offers = [best, *tuned, *(_nearby(block, units) for units in tuned)]
     return min(offers, key=lambda units: float((deviation(block, units) * block.gain).max(initial=0.0)))
 
 
-def _tuned(block: Block, units: Units, ranged: tuple[np.ndarray, np.ndarray]) -> Units:
+def _tuned(block: Block, units: Units) -> Units:
     """U moved by a few units in the last place, so that the constant comes out where d cannot make it.
 
     Where unit j is h_j in the middle of the domain and varies by rho_j, a step of its weight moves the constant by ulp h_j
@@ -149,6 +151,31 @@ def _tuned(block: Block, units: Units, ranged: tuple[np.ndarray, np.ndarray]) ->
             moved = (u[rows, unit] + np.sign(middle[unit]) * count * np.spacing(np.abs(units.u[rows, unit]))).astype(block.dtype)
             rest -= (moved.astype(np.float64) - u[rows, unit].astype(np.float64)) * middle[unit]
             u[rows, unit] = moved
+    return Units(units.v, units.c, u, units.d, units.lower, units.upper)
+
+
+def _nearby(block: Block, units: Units) -> Units:
+    """The best of all roundings nearby: every weight of a row of U moved by up to a few units in the last place.
+
+    A row has as many weights as there are units, and often fewer inputs vary much: then some combination leaves far
+    smaller errors than rounding each weight by itself does.
+    """
+    rows, count = units.u.shape
+    reach = next((k for k in (3, 2, 1) if (2 * k + 1) ** count * block.w_in.shape[1] * rows <= _GRID), 0)
+    if not reach:
+        return units
+    moves = np.indices((2 * reach + 1,) * count).reshape(count, -1).T.astype(np.float64) - reach
+    v, rad = units.v.astype(np.float64), block.rad.astype(np.float64)
+    with np.errstate(all="ignore"):
+        error, _, _ = _products(block, units)
+        rest = (_constant(block, units)[0] - units.d).astype(np.float64)
+        middle = (units.v.astype(block.work) @ block.mid + units.c).astype(np.float64)
+        steps = np.spacing(np.abs(units.u)).astype(np.float64)
+        u = units.u.copy()
+        for row in range(rows):
+            change = moves * steps[row]
+            cost = np.abs(error[row].astype(np.float64) - change @ v) @ rad + np.abs(rest[row] - change @ middle)
+            u[row] = (units.u[row].astype(np.float64) + change[np.nan_to_num(cost, nan=np.inf).argmin()]).astype(block.dtype)
     return Units(units.v, units.c, u, units.d, units.lower, units.upper)
 
 
