@@ -1,8 +1,8 @@
 """From proofs to a certificate that the independent checker accepts, or to honest unknowns.
 
-Multipliers are written with few bits first. Where the checker rejects a claim, the proofs of that neuron (and, from the second
-round on, all lemmas) are written with more; a claim that is still rejected becomes ``unknown``. So nothing that leaves here as
-stable depends on our own floating point.
+Multipliers of trees are written with few bits first, those of lemmas with more. Where the checker rejects a claim, the proofs of
+that neuron (and, from the second round on, all lemmas) are written with more; a claim that is still rejected becomes
+``unknown``. So nothing that leaves here as stable depends on our own floating point.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class _Draft:
         self.reasons = [dict(layer.reasons) for layer in cascade.layers]
         self.bounds = [self._numpy(k) for k in range(len(self.status))]
         self.edge: list[Record] = []
-        self.bits = [0] * len(cascade.proofs)
+        self.bits = [_first_bits(proof) for proof in cascade.proofs]
         self.attempts = 0
         self.readable = len(self.status)  # layers before this one may have proofs
         self.tainted = cascade.adopted > 0  # bounds may rest on what the checker has not accepted
@@ -167,7 +167,7 @@ class _Draft:
         questions = [Question(layer, neuron, signs[claim]) for layer, neuron, claim, _ in rejected
                      if claim in signs and self.method[layer][neuron] == Method.INPUT_SPLIT]
         found = bool(questions) and self.cascade.split_again(questions, margin)
-        self.bits.extend([0] * (len(self.cascade.proofs) - len(self.bits)))
+        self.bits.extend(_first_bits(proof) for proof in self.cascade.proofs[len(self.bits) :])
         return found
 
     def retreat(self, error: str) -> int:
@@ -212,6 +212,11 @@ class _Draft:
             found.append(LayerVerdict(k, self.network.nodes[relu].name, self.network.shapes[relu], self.status[k],
                                       self.method[k], lower, upper, reasons))
         return tuple(found)
+
+
+def _first_bits(proof: object) -> int:
+    """Lemmas, which later proofs rest on, begin one step finer than trees, which only prove their own verdict."""
+    return 0 if isinstance(proof, Tree) else 1
 
 
 def _only_before(records: Sequence[Record], layer: int) -> list[Record]:
