@@ -93,23 +93,25 @@ def tables(rows: list[dict[str, Any]]) -> str:
     """One table per sparsity, the lowest mean test loss after pruning first."""
     seeds = sorted({r["seed"] for r in rows})
     unpruned = [r for r in rows if r["method"] == "dense"]
-    text = [f"Means and standard deviations over {len(seeds)} networks. Unpruned: loss {_cell(unpruned, 'loss_pruned')}, "
+    missing = len(seeds) * len(SPARSITIES) * len(ENTRIES) - sum(r["method"] != "dense" for r in rows)
+    text = [f"{missing} of the measurements are missing.\n\n" if missing else "",
+            f"Means and standard deviations over {len(seeds)} networks. Unpruned: loss {_cell(unpruned, 'loss_pruned')}, "
             f"accuracy {_percent(unpruned, 'accuracy_pruned')} %.\n"]
     for sparsity in SPARSITIES:
         here = [r for r in rows if r.get("sparsity") == sparsity]
-        text.append(f"\n{sparsity:.0%} of the weights removed:\n\n" + _table(here))
+        text.append(f"\n{sparsity:.0%} of the weights removed:\n\n" + _table(here, len(seeds)))
     words = "\n".join(f"- `{name}`: {entry.words}." for name, entry in ENTRIES.items())
     refused = next((r["refused"] for r in rows if r.get("refused")), None)
     return "".join(text) + f"\n{words}\n" + (f"\nThe refusal of `obs`: \"{refused}\".\n" if refused else "")
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def _table(rows: list[dict[str, Any]], seeds: int) -> str:
     found = {name: [r for r in rows if r["method"] == name and not r.get("refused")] for name in ENTRIES}
     order = sorted((n for n in found if found[n]), key=lambda n: mean(r["loss_pruned"] for r in found[n]))
     tuned = sorted(order, key=lambda n: mean(r["loss_tuned"] for r in found[n]))
     lines = ["| method | loss after pruning | accuracy % | loss after fine-tuning | accuracy % | place then | processor s |",
              "|---|---|---|---|---|---|---|"]
-    lines += [f"| {n} | {_cell(found[n], 'loss_pruned')} | {_percent(found[n], 'accuracy_pruned')} | "
+    lines += [f"| {n}{'' if len(found[n]) == seeds else f' ({len(found[n])} networks)'} | {_cell(found[n], 'loss_pruned')} | {_percent(found[n], 'accuracy_pruned')} | "
               f"{_cell(found[n], 'loss_tuned')} | {_percent(found[n], 'accuracy_tuned')} | {tuned.index(n) + 1} | "
               f"{mean(r['processor_seconds'] for r in found[n]):.1f} |" for n in order]
     return "\n".join(lines) + "\n"
