@@ -269,8 +269,9 @@ def _node(chain: Chain, errors: Sequence[_OnBoxes | None], current: Sequence[Arr
             continue
         scores.append(np.where(current[k] == OPEN, (np.abs(mid) + rad).max(axis=1) * reach[k], 0.0))
         mid, rad = _through(mid, rad, current[k][:, None, :])
-        if errors[k] is not None:
-            total += _weighed(errors[k], mid, rad, box)
+        entering = errors[k]
+        if entering is not None:
+            total += _weighed(entering, mid, rad, box)
         if k > first:
             mid, rad = _before(mid, rad, chain.weights[k])
     widest = max(max(w.shape) for w in chain.weights)
