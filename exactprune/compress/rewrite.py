@@ -172,8 +172,9 @@ def _tightened(network: Network, domain: Box, layers: Sequence[LayerVerdict], fo
 
 def _with(rewrite: Rewrite, proved: Joint) -> Rewrite:
     text = f"the deviation of all rewrites together, bounded on {proved.leaves:,} sub-boxes: at most {upward(proved.eps)}"
-    step = Step("joint", text, {"boxes": proved.leaves, "eps": proved.eps})
-    return replace(rewrite, level=certified(proved.eps), boxes=proved, steps=(*rewrite.steps, step))
+    step = Step("joint", text, {"boxes": proved.leaves, "eps": proved.eps}, certified(proved.eps))
+    before = tuple(s for s in rewrite.steps if s.rule != "joint")
+    return replace(rewrite, level=certified(proved.eps), boxes=proved, steps=(*before, step))
 
 
 def _twins(state: State, domain: Box, budget: float) -> tuple[State, list[Removal], list[Step]]:
