@@ -20,7 +20,8 @@ A single number stands between <!--= FILE :: PLACE :: STEP ... --> and <!--/-->,
 
     key.key.0.key                   in a .json file
     [column=value; column<9] name   of the one row of a .csv file, or of a .json file's list of objects at KEY.KEY
-                                    (KEY.KEY [...] name); also one/other, !=, <=, >, >=, and a column on the right
+                                    (KEY.KEY [...] name); also one/other, !=, ^= (begins with), <=, >, >=, and a
+                                    column on the right
     max(name), min, median, mean, sum, count    over the rows that are selected by [...]
 
 and a STEP is a factor (*100), or a Python format (.1f, ",", .3g). Only the standard library is needed.
@@ -212,12 +213,14 @@ def fits(row: Row, where: str) -> bool:
 
 
 def fit(row: Row, text: str) -> bool:
-    """Whether a row fits one ``key=value``, ``key=one/other``, ``key!=value``, ``key<number`` or ``key<=other key``."""
-    name, sign, wanted = (part.strip() for part in re.fullmatch(r"(.*?)(!=|[<>]=?|=)(.*)", text).groups())  # type: ignore[union-attr]
+    """Whether a row fits ``key=value``, ``key=one/other``, ``key!=value``, ``key^=prefix``, ``key<number`` or ``key<=key``."""
+    name, sign, wanted = (part.strip() for part in re.fullmatch(r"(.*?)(!=|\^=|[<>]=?|=)(.*)", text).groups())  # type: ignore[union-attr]
     value = at(row, name)
     if sign in ORDERS:
         other = row.get(wanted, wanted)
         return value not in ("", None) and ORDERS[sign](number(value), number(other))
+    if sign == "^=":
+        return str(value).startswith(wanted)
     return (str(value) in wanted.split("/")) == (sign == "=")
 
 
