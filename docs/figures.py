@@ -10,7 +10,8 @@ reports/. A block is replaced as a whole:
     (made by this script)
     <!-- /figures -->
 
-    a.md    table N (the N-th table, from 1), section TITLE (what stands below that heading)
+    a.md    as it is; table N (the N-th table, from 1), section TITLE (what stands below that heading), between NAME (keeps the
+            comments NAME and "end of NAME" around it, for a benchmark that writes there too)
     a.txt   shown as code; lines A-B takes a part of it
     a.csv   a table; columns A, B as Name .1f, C *1000:.0f, ...; where KEY=VALUE; at most N; bullets (the columns of a row
             joined, one bullet a row)
@@ -113,15 +114,16 @@ def code(text: str, steps: list[str]) -> str:
 
 
 def part_of(text: str, steps: list[str]) -> str:
-    """One table or one section of a Markdown report."""
-    number, title = take(steps, "table "), take(steps, "section ")
+    """A Markdown report, or one table or section of it."""
+    number, title, comment = take(steps, "table "), take(steps, "section "), take(steps, "between ")
     refuse(steps)
     if number:
         return tables_of(text)[int(number) - 1]
-    found = re.search(rf"^#+ {re.escape(title)}\n+(.*?)(?=^#|\Z)", text, re.DOTALL | re.MULTILINE)
-    if not title or not found:
-        raise FigureError(f"no section {title!r}; say table N or section TITLE")
-    return found[1].strip()
+    found = re.search(rf"^#+ {re.escape(title)}\n+(.*?)(?=^#|\Z)", text, re.DOTALL | re.MULTILINE) if title else None
+    if title and not found:
+        raise FigureError(f"no section {title!r}")
+    part = found[1].strip() if found else text.rstrip("\n")
+    return f"<!-- {comment} -->\n{part}\n<!-- end of {comment} -->" if comment else part
 
 
 def tables_of(text: str) -> list[str]:
