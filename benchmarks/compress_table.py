@@ -43,9 +43,9 @@ WHY_LOOSE = (
     "Above 100, or nothing found: {}. Few inputs allow splitting the domain (rule `joint`); with many, a deviation behind the "
     "first layer is carried to the output as absolute values through all layers behind it.")
 WHY_FEWER = (
-    "Where ours removes fewer ({}), the paper's result is not within `rounding`: the inputs in the last but one column prove "
-    "that it differs from the original by more than that (evaluated in rationals), and the paper does not say by how much. "
-    "At the next larger budget ours is never behind (last column).")
+    "Where ours removes fewer ({}), the paper's result is not within `rounding`: at an input that was found it differs from the "
+    "original by more than that (**bold**, evaluated in rationals), and the paper does not say by how much. The last "
+    "column says from which budget on ours removes as much.")
 WHY_SLOW = (
     "Where the gain stays behind the multiply-accumulates: a call of a small network is its fixed cost, 5 to 10 "
     "microseconds an operator at any size, which removing neurons does not change; what can be saved is the part above "
@@ -182,7 +182,8 @@ def paper_lines(table: list[Row]) -> list[str]:
             "Neurons / parameters removed; ours at `rounding`. The paper decides rank in floating point and certifies nothing: "
             "`paper` with the tolerance of the authors' code (float64), `generous` with that of float32, where rows that are "
             "dependent up to about 1e-4 count. Then the largest abs(f - g) found for each result (paper, generous, ours) by the "
-            "same search, and the budget `rounding` that ours keeps: **bold** where a result exceeds it.", "",
+            "same search, and the budget `rounding`, which ours keeps: **bold** where a result exceeds it. - where there are no "
+            "weights to run (no chain), or where the row was made before this search.", "",
             "| network | L1 | paper | generous | ours | against paper | against generous | found: paper / generous / ours | "
             "rounding is | never fewer from |", "|---|---|---|---|---|---|---|---|---|---|"]
     fewer = [r["name"] for r in table if verdict(removed(r, r["paper"]), removed(r, r["budgets"][1])) == "FEWER"]
