@@ -124,6 +124,8 @@ class Study:
                  "certify, radius, exact or timing", (self.certify, self.radius, self.exact, self.timing), "numbers >= 0")
         _require(len(self.domain) == 2 and self.domain[0] <= self.domain[1], "domain", self.domain, "two numbers, lower first")
         _require(self.image is None or len(self.image) in (2, 3), "image", self.image, "height, width, or 1 or 3 channels first")
+        _require(isinstance(self.options, Mapping) and all(isinstance(v, Mapping) for v in self.options.values()), "options",
+                 self.options, "a table for each method, [compare.options.METHOD]")
         _require(not {"epochs", "seed"} & set(self.train), "train", dict(self.train), "no epochs (finetune), no seed (seeds)")
         object.__setattr__(self, "methods", tuple(dict.fromkeys((*CONTROLS, *self.methods))))
 
@@ -218,8 +220,14 @@ def run_study(study: Study, say: Callable[[str], None] = lambda text: None, *, s
 
 
 def _check_methods(study: Study) -> None:
+    """Everything about methods and training that can be refused before anything is computed."""
     from exactprune.pruners import make
+    from exactprune.training import TrainOptions
 
+    known = [f.name for f in fields(TrainOptions)]
+    for name in study.train:
+        _require(name in known, "train", name, f"one of {', '.join(known)}")
+    TrainOptions(**study.train)
     for method in (*study.methods, *study.combine):
         make(method, **study.options.get(method, {}))
     for method in study.options:

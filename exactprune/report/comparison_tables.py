@@ -148,7 +148,7 @@ def _churn(facts: Mapping[str, Any], entries: Sequence[tuple[Summary, bool]]) ->
 
 
 def _densities(facts: Mapping[str, Any], entries: Sequence[tuple[Summary, bool]]) -> Table:
-    layers = [layer["name"] for layer in facts["dense"]["layers"]]
+    layers = [f"node {n}" if n.isdigit() else n for n in (layer["name"] for layer in facts["dense"]["layers"])]
 
     def build(s: Summary) -> list[Cell]:
         words = [*s["collapsed_layers"], *([f"one class in {_plural(s['constant'], 'run')}"] if s["constant"] else [])]

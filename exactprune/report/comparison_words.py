@@ -47,10 +47,11 @@ def _extremes(facts: Mapping[str, Any]) -> list[str]:
 
 def _best(found: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
     best = max(found, key=lambda s: s["accuracy"]["mean"])
+    trained = f"; {up(best['deviation_upper_pruned'])} before training" if facts["study"]["finetune"] else ""
     return (f"At {best['ratio']:g}x the most accurate of {len(found)} approximate methods is {best['method']}: accuracy "
             f"{both(best['accuracy'])}, {both(best['changed'])} of the test samples changed class. On the domain its outputs "
             f"differ by up to {digits(best['deviation_lower'])} (found) and by no more than {up(best['deviation_upper'])} "
-            f"(certified); the bound keeps the class of {percent(best['unchangeable'])}.")
+            f"(certified{trained}); the bound keeps the class of {percent(best['unchangeable'])}.")
 
 
 def _combined(facts: Mapping[str, Any]) -> list[str]:
@@ -69,11 +70,11 @@ def _combined(facts: Mapping[str, Any]) -> list[str]:
 def _collapsed(facts: Mapping[str, Any]) -> list[str]:
     found = [f"{s['method']} at {s['ratio']:g}x ({', '.join(s['collapsed_layers'])}; {s['collapsed']} of {s['seeds']} runs)"
              for s in facts["summary"] if s["collapsed"]]
-    found += [f"{s['method']} at {s['ratio']:g}x (every test sample got the same class in {s['constant']} of {s['seeds']} runs)"
+    found += [f"{s['method']} at {s['ratio']:g}x (one class, {s['constant']} of {s['seeds']} runs)"
               for s in facts["summary"] if s["constant"]]
     if not found:
         return []
-    return [f"Collapsed (nothing is left of a layer, or all inputs get one class): {'; '.join(found)}."]
+    return [f"Collapsed (nothing is left of a layer, or every test sample gets one class): {'; '.join(found)}."]
 
 
 def _failed(facts: Mapping[str, Any]) -> list[str]:
@@ -113,9 +114,9 @@ def comparison_summary(facts: Mapping[str, Any]) -> Report:
     """What the command line prints: the sentences, and what changes at every ratio."""
     words, table = facts["words"], tables_of(facts)[0]
     shown = Table(box=SIMPLE_HEAD if sys.stdout.isatty() else ASCII_DOUBLE_HEAD, pad_edge=False, show_edge=False)
-    for column in table.columns:
-        side = "right" if column.numeric else "left"
-        shown.add_column(column.label.lower(), justify=side, no_wrap=not column.numeric, overflow="fold")
+    for i, column in enumerate(table.columns):
+        side, width = "right" if column.numeric else "left", max(len(row.cells[i].text) for row in table.rows)
+        shown.add_column(column.label.lower(), justify=side, min_width=width, overflow="fold")
     for row in table.rows:
         shown.add_row(*(cell.text for cell in row.cells))
     return [words["headline"], *words["sentences"], "", shown, ""]

@@ -191,3 +191,15 @@ def test_a_wrong_study_is_refused(tmp_path, text, words):
     with pytest.raises(OptionError, match=words):
         read_study(tmp_path / "s.toml")
 
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({"methods": ("wandas",)}, "did you mean 'wanda'"), ({"combine": ("nothing",)}, "no pruning method"),
+    ({"options": {"magnitude": {"depth": 3}}}, "no option 'depth'"), ({"options": {"snip": {}}}, "options"),
+    ({"options": {"magnitude": 3}}, "a table for each method"), ({"train": {"speed": 1}}, "'speed'"), ({"train": {"lr": -1}}, "lr"),
+])
+def test_what_cannot_be_done_is_refused_before_anything_is_computed(given, words, tmp_path):
+    from exactprune.report.comparison import Study, write_comparison
+
+    with pytest.raises(OptionError, match=words):
+        write_comparison(Study(str(MODEL), "digits", **given), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
