@@ -100,6 +100,7 @@ class ForwardStep:
         gap = column(2.0 * slack * UP, spread)
         close = np.flatnonzero(((high > 0) & (high <= gap)) | ((low < 0) & (low >= -gap)))
         if len(close):
+            low, high = np.ascontiguousarray(low), np.ascontiguousarray(high)  # else reshape would copy
             low.reshape(-1)[close], high.reshape(-1)[close] = exact_range(self.layer, close, lower, upper)
         return low, high
 
