@@ -195,7 +195,8 @@ def test_a_wrong_study_is_refused(tmp_path, text, words):
 @pytest.mark.parametrize(("given", "words"), [
     ({"methods": ("wandas",)}, "did you mean 'wanda'"), ({"combine": ("nothing",)}, "no pruning method"),
     ({"options": {"magnitude": {"depth": 3}}}, "no option 'depth'"), ({"options": {"snip": {}}}, "options"),
-    ({"options": {"magnitude": 3}}, "a table for each method"), ({"train": {"speed": 1}}, "'speed'"), ({"train": {"lr": -1}}, "lr"),
+    ({"options": {"magnitude": 3}}, "a table for each method"), ({"train": {"speed": 1}}, "'speed'"),
+    ({"train": {"lr": -1}}, "lr"),
 ])
 def test_what_cannot_be_done_is_refused_before_anything_is_computed(given, words, tmp_path):
     from exactprune.report.comparison import Study, write_comparison
