@@ -179,7 +179,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
     text = [BLOCK.format(**r) for r in rows if "ratio" in r]
     for model in dict.fromkeys(r["model"] for r in rows if "ratio" not in r):
         lines = [f"\n`{model}`:\n", head, *(_line(r) for r in rows if r["model"] == model)]
-        text.append("\n".join(lines) + "\n")
+        absent = [f"`{name}`" for name in ENTRIES if not any((r["model"], r["entry"]) == (model, name) for r in rows)]
+        text.append("\n".join(lines) + "\n" + (f"\nNot measured: {', '.join(absent)}.\n" if absent else ""))
     return "".join(text)
 
 
@@ -202,6 +203,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=900.0, help="seconds per entry")
     parser.add_argument("--again", action="store_true", help="measure what is recorded already, too")
     parser.add_argument("--out", type=Path, default=Path("reports/pruners/cost.json"))
+    parser.add_argument("--join", type=Path, nargs="*", default=[], help="rows of other processes to add")
     parser.add_argument("--write", type=Path, help="page that gets the tables; nothing is measured")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -210,7 +212,11 @@ def main() -> None:
         print(json.dumps(one(*given.one, given.samples)))
         return
     rows = read_rows(given.out)
-    if not given.write:
+    if given.join:
+        joined = {(r["model"], r["entry"]): r for path in (given.out, *given.join) for r in read_rows(path)}
+        rows = sorted(joined.values(), key=_place)
+        write(given.out, settings(given), rows)
+    elif not given.write:
         rows = run(given, rows)
     text = tables(rows)
     given.out.with_suffix(".md").write_text(text)
@@ -219,10 +225,13 @@ def main() -> None:
     print(text)
 
 
+def settings(given: argparse.Namespace) -> dict[str, Any]:
+    entries = {name: {"method": m, "options": o} for name, (m, o) in ENTRIES.items()}
+    return {"sparsity": SPARSITY, "samples": given.samples, "entries": entries}
+
+
 def run(given: argparse.Namespace, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Measure what is missing, or everything asked for with ``--again``; each row replaces its older self."""
-    entries = {name: {"method": m, "options": o} for name, (m, o) in ENTRIES.items()}
-    settings = {"sparsity": SPARSITY, "samples": given.samples, "entries": entries}
     wanted = [(m, e) for m in ("block", *given.models) for e in (["block"] if m == "block" else ENTRIES)
               if given.only is None or e in given.only]
     for model, entry in wanted:
@@ -232,7 +241,7 @@ def run(given: argparse.Namespace, rows: list[dict[str, Any]]) -> list[dict[str,
             _run(model, entry, given.samples, given.limit) | dense(model, given.samples, entry)
         new = {"model": model, "entry": entry, "load": round(os.getloadavg()[0], 1)} | found
         rows = sorted([r for r in rows if (r["model"], r["entry"]) != (model, entry)] + [new], key=_place)
-        write(given.out, settings, rows)
+        write(given.out, settings(given), rows)
         print(new, flush=True)
     return rows
 
