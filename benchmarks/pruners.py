@@ -188,8 +188,8 @@ def _line(r: dict[str, Any]) -> str:
     beside = r.get("dense") or (f"{r['dense_processor_seconds']:,.1f} processor s" if "dense_processor_seconds" in r else "")
     if "seconds" in r:
         return f"| {r['entry']} | {r['processor_seconds']:,.2f} | {r['seconds']:,.2f} | {r['peak_mib']:,.0f} | {beside} |"
-    why = r.get("refused") or r.get("stopped") or "failed"
-    return f"| {r['entry']} | {why.split(';')[0].split(':')[0]} | | | {beside} |"
+    why = f"refused: {r['refused']}".split(";")[0].split("):")[0] if "refused" in r else r.get("stopped", "failed")
+    return f"| {r['entry']} | {why} | | | {beside} |"
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
