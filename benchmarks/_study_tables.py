@@ -222,11 +222,16 @@ def compare_section(name: str, facts: Facts) -> Section:
              "of the test samples, after training."]
     notes += [f"Refused: {'; '.join(failed)}."] if failed else []
     return Section(f"Lossless against approximate: {facts['title']}",
-                   [facts["words"]["headline"], f"{len(study['seeds'])} seeds, {study['finetune']} epochs of training after "
-                    f"pruning, {facts['samples']:,} test samples."],
+                   [facts["words"]["headline"], f"{many(len(study['seeds']), 'seed')}, {many(study['finetune'], 'epoch')} of "
+                    f"training after pruning, {facts['samples']:,} test samples."],
                    Table(columns, table, left=1), notes=notes,
                    links=[(f"compare/{name}/comparison.html", "everything, with pictures of inputs whose class changes"),
                           (f"compare/{name}/comparison.csv", "every run"), (f"compare/{name}/experiment.toml", "the experiment")])
+
+
+def many(count: int, word: str) -> str:
+    """``1 seed``, ``3 seeds``."""
+    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def compare_line(rows: Sequence[Facts], ratios: Sequence[float], least: float) -> list[str]:
