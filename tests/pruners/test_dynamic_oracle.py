@@ -116,7 +116,7 @@ def test_dynamic_training_keeps_the_number_and_learns(method):
     x = torch.rand(200, 6, generator=torch.Generator().manual_seed(0))
     y = (x[:, 0] > x[:, 1]).long()
     more = {"zeta": 0.1} if method == "set" else {}
-    plan = pruners.plan(method, net, x, y, 0.5, epochs=20, batch=10, lr=0.5 if method == "deep-r" else 0.05, **more)
+    plan = pruners.plan(method, net, x, y, 0.5, epochs=12, batch=20, lr=0.5 if method == "deep-r" else 0.1, **more)
     assert sum(int((~m).sum()) for m in plan.masks.values()) == 128
     pruned = pruners.apply(net, plan)
     assert (pruned(x).argmax(1) == y).float().mean() > 0.85

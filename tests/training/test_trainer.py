@@ -48,7 +48,7 @@ def test_one_step_of_sgd_is_the_formula(data):
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_learns_repeats_and_leaves_the_given_module(net, data, optimizer):
     before = copy.deepcopy(net)
-    options = TrainOptions(epochs=60, batch=20, lr=0.1 if optimizer == "sgd" else 0.02, optimizer=optimizer)
+    options = TrainOptions(epochs=25, batch=20, lr=0.3 if optimizer == "sgd" else 0.05, optimizer=optimizer)
     state = torch.get_rng_state()
     first = train(net, *data, options)
     assert torch.equal(state, torch.get_rng_state())
