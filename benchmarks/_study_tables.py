@@ -147,8 +147,8 @@ def networks_section(cells: Sequence[Facts]) -> Section:
     columns = ["network", "domain", "neurons", "inactive", "active", "unknown", "neurons removed, exact", "rounding",
                "parameters removed, exact", "rounding", "eps certified", "accuracy before", "after", "answers changed",
                "certificates accepted"]
-    notes = ["Accuracy is measured on the test samples that lie in the domain; where none does, there is none. eps: certified "
-             "largest difference of any output over the domain, at rounding."]
+    notes = ["Accuracy is measured on the test samples that lie in the domain (digits: all samples); where none does, there is "
+             "none. eps: certified largest difference of any output over the domain, at rounding."]
     if gone:
         notes.append("Left out: " + "; ".join(f"{c['name']} ({c['left out']})" for c in gone) + ".")
     return Section("Given networks, convolutional and residual ones among them",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from _study_cells import Facts
-from _study_tables import accepted, compare_rows, digits, network_row, summaries
+from _study_tables import accepted, compare_rows, digits, many, network_row, summaries
 
 
 def findings(sweep: Sequence[Facts], networks: Sequence[Facts], compared: Sequence[tuple[str, Facts]]) -> list[str]:
@@ -78,9 +78,9 @@ def closest(title: str, rows: Sequence[Facts]) -> list[str]:
     near = sorted((r for r in masked if r["ratio"] == least and bound(r) <= NEAR), key=bound)
     if near:
         moved = digits(max(float(r["found"]) for r in near))
-        return [f"{title}: without training, the masks of {len(near)} methods are certified within {NEAR:g} of the original at "
-                f"{least:g}x, closest {near[0]['method']} ({digits(bound(near[0]))}): with L1 about that share of the weights is "
-                f"nearly 0. An epoch of training then moves outputs by up to {moved}."]
+        return [f"{title}: without training, the masks of {many(len(near), 'method')} are certified within {NEAR:g} of the "
+                f"original at {least:g}x, closest {near[0]['method']} ({digits(bound(near[0]))}): with L1 about that share "
+                f"of the weights is nearly 0. An epoch of training then moves outputs by up to {moved}."]
     if not masked or min(map(bound, masked)) <= NEAR:
         return []
     return [f"{title}: no approximate method is certified within {NEAR:g} of the original, at any ratio tried."]
