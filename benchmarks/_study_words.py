@@ -63,7 +63,7 @@ def compare_words(name: str, facts: Facts) -> list[str]:
         if there:
             best = max(there, key=lambda r: r["accuracy"])
             words += (f" At {ratio:g}x the most accurate is {best['method']} ({100 * best['accuracy']:.2f} %): its outputs "
-                      f"differ by up to {digits(best['found'])} somewhere in the domain, "
+                      f"differ by at least {digits(best['found'])} somewhere in the domain, "
                       f"{100 * best['changed']:.1f} % of the test samples change class.")
     return [words, *closest(facts["title"], rows)]
 
@@ -80,7 +80,7 @@ def closest(title: str, rows: Sequence[Facts]) -> list[str]:
         moved = digits(max(float(r["found"]) for r in near))
         return [f"{title}: without training, the masks of {many(len(near), 'method')} are certified within {NEAR:g} of the "
                 f"original at {least:g}x, closest {near[0]['method']} ({digits(bound(near[0]))}): with L1 about that share "
-                f"of the weights is nearly 0. An epoch of training then moves outputs by up to {moved}."]
+                f"of the weights is nearly 0. An epoch of training then moves an output by {moved} or more."]
     if not masked or min(map(bound, masked)) <= NEAR:
         return []
     return [f"{title}: no approximate method is certified within {NEAR:g} of the original, at any ratio tried."]
