@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from exactprune.bounds.difference import Joint, Partners
+    from exactprune.bounds.interval import NodeBounds
     from exactprune.bounds.layerwise import Layerwise
 
 FEW_INPUTS = 12
-SUGGESTING, SPLITTING = 0.2, 0.3  # shares of the time where there are more
+SUGGESTING, SPLITTING = 0.2, 0.1  # shares of the time where there are more
 APART = (1.0, 0.1, 0.01, 1e-3, 1e-5)
 
 
@@ -157,6 +158,7 @@ class _Run:
         given = find_partners(a, b, domain, seed=seed) if partners is None else partners
         self.given = dict(given)
         self.relative, self.paired = self.joint, 0
+        self.chosen: Mapping[int, Partners] = {}
         self.tried: dict[int, float] = {}
         self.finder = Search(self.joint, domain, device)
         self.uppers = np.full(self.finder.outputs, 0.0 if self.joint.equal else inf)
@@ -193,7 +195,7 @@ class _Run:
         top = float(max(-last.lower.min(), last.upper.max()))
         self.tried[count] = top
         if top <= min(self.tried.values()):
-            self.relative, self.paired = joint, count
+            self.relative, self.paired, self.chosen = joint, count, partners
 
     def _bounded(self, joint: Joint) -> Layerwise:
         import torch
@@ -249,20 +251,34 @@ class _Run:
         self.note(f"box splitting, {closed.boxes} pieces")
 
     def _suggest(self, seconds: float) -> None:
-        from exactprune.deciders.difference_phases import suggest
+        from exactprune.deciders.difference_phases import pairs_of, suggest
 
-        self.suggested, points = suggest(self.joint, self.domain, self.side_by_side, self.uppers, self.found.lower, seconds)
+        pairs = pairs_of(self.joint, self.relative, self._bounded(self.relative), self.chosen, self.a, self.b)
+        self.suggested, points = suggest(self.joint, self.domain, self.side_by_side, self.uppers, self.found.lower, seconds,
+                                         pairs)
         if len(points):
             self.found = self.found.joined(self.finder.judge(self.finder.forward.tensor(points)))
         self.note("MILP, suggests only")
 
     def _phases(self, gap: float, tolerance: float | None, deadline: float) -> None:
-        from exactprune.deciders.difference_phases import prove
+        from exactprune.deciders.difference_pairs import PhaseSplit
 
-        proof = prove(self.joint, self.side_by_side, self.finder, self.uppers, self.found, gap=gap, tolerance=tolerance,
-                      deadline=deadline)
+        state, beside = self._bounded(self.relative), self._of_b()
+        proof = PhaseSplit(self.relative, state, self.finder, self.uppers, self.found, gap=gap, tolerance=tolerance,
+                           deadline=deadline, beside=beside, memory=self.memory).run()
         self.uppers, self.found, self.reason = np.minimum(self.uppers, proof.upper), proof.found, proof.reason
         self.note(f"branch and bound, {proof.nodes} nodes")
+
+    def _of_b(self) -> dict[int, NodeBounds]:
+        """Bounds of B by itself, by layer of the relative network."""
+        from exactprune.bounds.layerwise import crown_bounds
+        from exactprune.bounds.program import compile_network
+
+        if not self.relative.deltas:
+            return {}
+        program = compile_network(self.b, self.device)
+        bounds = crown_bounds(program, *program.box(self.domain.reshaped(self.b.input_shape)), self.memory)
+        return {k: bounds[delta.layer] for k, delta in self.relative.deltas.items()}
 
     def result(self, gap: float, exact: bool, began: float) -> Equivalence:
         """Everything that is known."""

@@ -1,6 +1,7 @@
 """equiv against exact enumeration, LPs over phases, compressed networks; and the command line."""
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -87,6 +88,61 @@ def test_exact_by_phases_with_many_inputs(seed):
     assert result.lower <= truth * (1 + 1e-9) and truth <= result.upper * (1 + 1e-9)
     assert result.ratio <= 1.06 or result.reason
     assert result.suggested is None or result.suggested >= truth * (1 - 1e-5)
+
+
+def changed(rng, network, size):
+    """The same network with some weights changed, a neuron scaled (r z), and one replaced by an unrelated one."""
+    nodes = list(network.nodes)
+    for i, node in enumerate(nodes):
+        if isinstance(node.op, Affine):
+            weight, bias = node.op.weight.copy(), node.op.bias.copy()
+            weight += size * rng.standard_normal(weight.shape) * (rng.random(weight.shape) < 0.5)
+            if i < len(nodes) - 2 and len(bias) > 2:
+                weight[0], bias[0] = weight[0] * 1.5, bias[0] * 1.5
+                weight[1] = rng.standard_normal(weight[1].shape)
+            nodes[i] = replace(node, op=Affine(weight, bias))
+    return Network(tuple(nodes), network.input_shape, network.dtype, network.name)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_branch_and_bound_over_pairs_of_phases_against_enumeration(seed, monkeypatch):
+    """One input, so that the truth is known exactly, and no splitting of boxes: phases alone decide."""
+    monkeypatch.setattr("exactprune.equivalence.FEW_INPUTS", -1)
+    monkeypatch.setattr("exactprune.equivalence.SPLITTING", 0.0)
+    rng = np.random.default_rng(seed)
+    sizes = [1, *rng.integers(2, 7, rng.integers(1, 4)).tolist(), int(rng.integers(1, 3))]
+    a = random_mlp(rng, sizes)
+    b = changed(rng, a, float(rng.choice([1e-6, 1e-3, 0.1, 1.0])))
+    box = Box(np.array([-rng.random()]), np.array([rng.random()]))
+    result = exactprune.equiv(a, b, box, exact=True, gap=0.01, time_limit=4)
+    truth = max(high for _, high in exact_ranges_1d(beside(a, b), box)[-1])
+    assert result.lower <= truth <= result.upper
+    assert result.suggested is None or result.suggested >= float(truth) * (1 - 1e-5)
+    assert result.closed or (result.lower == 0 and "no difference" in result.reason), result.reason
+    assert abs(difference_at(a, b, result.point)[result.output]) == result.value
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_pairs_with_many_inputs_against_phases(seed):
+    rng = np.random.default_rng(20 + seed)
+    a = random_mlp(rng, [14, 3, 2, 1])
+    b = changed(rng, a, 0.05)
+    box = uniform(-1, 1, (14,))
+    result = exactprune.equiv(a, b, box, exact=True, gap=0.01, time_limit=10)
+    truth = max(extremum_by_phases(beside(a, b), box, 2, 0, sign) for sign in (1, -1))
+    assert result.lower <= truth * (1 + 1e-9) and truth <= result.upper * (1 + 1e-9)
+    assert result.closed, result.reason
+
+
+def test_an_open_gap_says_so():
+    network = exactprune.load(MODELS / "digits_2x32.pt")
+    other = changed(np.random.default_rng(0), network.astype(np.float64), 0.3)
+    result = exactprune.equiv(network, other, exact=True, time_limit=1)
+    assert not result.closed and "limit after" in result.reason and result.seconds < 15
+    rng = np.random.default_rng(1)
+    x = np.concatenate([result.domain.sample(500, rng), result.domain.corners(500, rng)])
+    seen = np.abs(network.evaluate(x, np.float64) - other.evaluate(x)).max(axis=0)
+    assert (seen <= result.uppers).all()
 
 
 def test_the_bound_holds_without_exact_and_the_point_is_in_the_box():

@@ -69,10 +69,12 @@ class Delta:
     Attributes:
         partner: position of -r z_A.
         matched: booleans (neurons,): elsewhere the node is the plain ReLU of z_B.
+        layer: the ReLU layer of B.
     """
 
     partner: int
     matched: np.ndarray
+    layer: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +85,14 @@ class Joint:
         network: float64, which holds every stored float32 and float64 exactly.
         deltas: ReLU layer of ``network`` -> what it stands for; empty for the plain joint network.
         equal: A and B are the same function, node by node.
+        of_a, of_b: ReLU layer of A (of B) -> the ReLU layer of ``network`` that is it; layers of deltas are left out.
     """
 
     network: Network
     deltas: Mapping[int, Delta]
     equal: bool
+    of_a: Mapping[int, int] = field(default_factory=dict)
+    of_b: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def last(self) -> int:
@@ -152,7 +157,9 @@ def joint_network(a: Network, b: Network, partners: Mapping[int, Partners] | Non
     network = Network(nodes, a.input_shape, np.dtype(np.float64), f"{a.name} - {b.name}")
     layer_of = {position: k for k, position in enumerate(network.relus)}
     deltas = {layer_of[place[p]]: replace(d, partner=place[d.partner]) for p, d in build.deltas.items() if p in place}
-    return Joint(network, deltas, out_a == out_b)
+    of_a, of_b = ({k: layer_of[place[at[p]]] for k, p in enumerate(n.relus) if place.get(at[p], -1) in layer_of}
+                  for n, at in ((a, in_a), (b, in_b)))
+    return Joint(network, deltas, out_a == out_b, of_a, of_b)
 
 
 def _reaching(nodes: list[Node]) -> list[int]:
@@ -175,12 +182,12 @@ def _copied(build: _Builder, network: Network, entry: int, name: str, a: Network
         if partner is None:
             place[position] = build.add(label, node.op, *inputs)
         else:
-            place[position] = _relative(build, label, network.shapes[position], inputs[0], a, in_a, partner)
+            place[position] = _relative(build, label, network.shapes[position], inputs[0], a, in_a, partner, layers[position])
     return place
 
 
 def _relative(build: _Builder, name: str, shape: Shape, own: int, a: Network, in_a: Mapping[int, int],
-              partner: Partners) -> int:
+              partner: Partners, layer: int) -> int:
     """y_B = r y_A + delta; the very same node where B's layer is A's."""
     relu = a.relus[partner.layer]
     z, y = in_a[a.nodes[relu].inputs[0]], in_a[relu]
@@ -190,7 +197,7 @@ def _relative(build: _Builder, name: str, shape: Shape, own: int, a: Network, in
     less = build.add(f"{name}/-partner z", select(-1.0), z)
     dz = build.add(f"{name}/dz", Add(), own, less)
     delta = build.add(f"{name}/delta", ReLU(), dz)
-    build.deltas[delta] = Delta(less, np.repeat(np.asarray(partner.source) >= 0, prod(shape[1:])))
+    build.deltas[delta] = Delta(less, np.repeat(np.asarray(partner.source) >= 0, prod(shape[1:])), layer)
     return build.add(f"{name}/y", Add(), build.add(f"{name}/partner y", select(1.0), y), delta)
 
 

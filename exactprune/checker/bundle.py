@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,13 @@ from exactprune.checker.records import Json
 __all__ = ["Bundle", "BundleReport", "UnknownError", "check_bundle", "check_records", "read"]
 
 FORMAT = "exactprune-bundle/1"
+INTEGERS, FLOATS = "exact integers", "float64 with proved error bounds"
 LEVELS = ("exact", "certified")
 RATIOS = ("<f8",)
+
+
+class FloatingError(CheckError):
+    """Exact arithmetic throughout was asked for, and the claim rests on a bound in float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +72,7 @@ class BundleReport:
         rewrites: how many the bundle lists.
         certificate: the outcome of the original's certificate.
         seconds: time taken.
+        arithmetic: what the deviation was computed in.
     """
 
     error: str = ""
@@ -75,6 +82,7 @@ class BundleReport:
     rewrites: int = 0
     certificate: Report = field(default_factory=Report)
     seconds: float = 0.0
+    arithmetic: str = INTEGERS
 
     @property
     def accepted(self) -> bool:
@@ -87,11 +95,11 @@ class BundleReport:
         return {"accepted": self.accepted, "error": self.error, "level": self.level,
                 "claimed": self.claimed if self.claimed == self.claimed else None,
                 "deviation": found if found == found else None, "rewrites": self.rewrites,
-                "certificate": self.certificate.counts, "seconds": self.seconds}
+                "arithmetic": self.arithmetic, "certificate": self.certificate.counts, "seconds": self.seconds}
 
 
 def check_bundle(original: str | Path, compressed: str | Path, bundle: str | Path,
-                 input_shape: network.Shape | None = None) -> BundleReport:
+                 input_shape: network.Shape | None = None, exact: bool = False) -> BundleReport:
     """Check two model files and a bundle.
 
     Args:
@@ -99,16 +107,18 @@ def check_bundle(original: str | Path, compressed: str | Path, bundle: str | Pat
         compressed: the model file of g.
         bundle: the file that ``compress`` wrote beside g.
         input_shape: without batch axis, where a model file leaves it open (the domain's shape is taken otherwise).
+        exact: exact integers throughout; nothing is accepted on a bound in float64, however rigorous.
 
     Raises:
+        FloatingError: with ``exact``: integers prove less than is claimed, and the ``split`` record needs float64.
         UnknownError: a model file is of a kind, or holds an operator, that the checker's readers do not know.
     """
     started = time.perf_counter()
     try:
         found = read(records.read_lines(Path(bundle)))
         f, g = (_network(Path(path), input_shape, found.lower.shape) for path in (original, compressed))
-        report = _check(f, g, found)
-    except UnknownError:
+        report = _check(f, g, found, exact=exact)
+    except (UnknownError, FloatingError):
         raise
     except CheckError as error:
         report = BundleReport(error=str(error))
@@ -187,7 +197,7 @@ def _header(record: Any) -> Json:
     if values["format"] != FORMAT:
         raise CheckError(f"format {values['format']!r}; this checker reads {FORMAT}")
     level, eps = records.choice(values["level"], LEVELS, "level"), values["eps"]
-    if type(eps) not in (int, float) or not 0 <= eps < float("inf") or (level == "exact" and eps != 0):
+    if type(eps) not in (int, float) or not 0 <= eps <= float_info.max or (level == "exact" and eps != 0):
         raise CheckError(f"level {level} with eps {eps!r}; expected a finite number >= 0, and 0 for exact")
     return values
 
@@ -204,7 +214,7 @@ def _domain(record: Any) -> tuple[Array, Array]:
 # -- checking ----------------------------------------------------------------------------------------------------------
 
 
-def _check(f: Network, g: Network, bundle: Bundle, known: Proved | None = None) -> BundleReport:
+def _check(f: Network, g: Network, bundle: Bundle, known: Proved | None = None, exact: bool = False) -> BundleReport:
     header = bundle.header
     report = BundleReport(level=header["level"], claimed=float(header["eps"]), rewrites=len(bundle.rewrites))
     try:
@@ -218,15 +228,26 @@ def _check(f: Network, g: Network, bundle: Bundle, known: Proved | None = None) 
                              f"({len(report.certificate.rejected)} such)")
         report.deviation = _deviation(Difference(bounds, g, report.claimed == 0), bundle.hints)
         if bundle.split is not None and report.deviation > report.claimed > 0:
-            report.deviation = min(report.deviation, _on_boxes(bounds, g, bundle, report.claimed))
+            _only_integers(report, exact)
+            found = _on_boxes(bounds, g, bundle, report.claimed)
+            report.deviation, report.arithmetic = min((report.deviation, INTEGERS), (found, FLOATS))
         if not report.deviation <= report.claimed:
             raise CheckError(f"abs(f - g) is proved to be at most {report.deviation!r} only, claimed are "
                              f"{report.claimed!r}")
+    except FloatingError:
+        raise
     except CheckError as error:
         report.error = str(error)
     except Exception as error:  # nothing unforeseen may pass for an acceptance
         report.error = f"cannot be checked: {type(error).__name__}: {error}"
     return report
+
+
+def _only_integers(report: BundleReport, exact: bool) -> None:
+    if exact:
+        raise FloatingError(f"in exact integers abs(f - g) is proved to be at most {report.deviation!r}, claimed are "
+                            f"{report.claimed!r}; the claim rests on the bounds on boxes (record split), which are computed in "
+                            "float64 with proved error bounds")
 
 
 def _belongs(f: Network, g: Network, bundle: Bundle) -> None:
@@ -254,7 +275,10 @@ def _on_boxes(bounds: Bounds, g: Network, bundle: Bundle, claimed: float) -> flo
     dims, at = records.fields(bundle.split, "dims", "at")
     lower, upper = bundle.lower.reshape(-1), bundle.upper.reshape(-1)
     low, high = boxes.leaves(dims, at, lower, upper)
-    return float(chains.deviation(g, errors, low, high, claimed)[0].max())
+    values = chains.deviation(g, errors, low, high, claimed)[0]
+    if not values.size:
+        raise CheckError("split: there are no boxes")
+    return float(values.max())
 
 
 def local_errors(bounds: Bounds, g: Network, hints: list[Json]) -> list[Entering]:

@@ -1,17 +1,22 @@
 """How far two runs of a chain of affine layers and ReLUs can drift apart on a box, by input splits and phase splits.
 
 g is a chain z_0 = W_0 x + b_0, z_k = W_k relu(z_{k-1}) + b_k, the last z its output. f differs from g by errors that enter
-at the pre-activations: with everything before layer k equal, layer k is off by at most e_k (n_k,), on the whole domain.
-Replace layer after layer of g by f (a telescoping sum): then f - g is a sum of path integrals of J_k delta_k with
-abs(delta_k) <= e_k and J_k the Jacobian of g's output in z_k, at points whose pre-activations are within
+at the pre-activations: with everything before layer k as it is in f, layer k is off by delta_k with abs(delta_k) <= e_k
+(n_k,), on the whole domain. For one x and tau in [0, 1] let
+
+    z_k(tau) = W_k relu(z_{k-1}(tau)) + b_k + tau delta_k(x),
+
+which is g for tau = 0 and f for tau = 1. It is piecewise affine in tau, so f - g is the integral over tau of
+sum_k J_k(tau) delta_k, J_k being the Jacobian of the output in z_k *with the same slopes for every k* (a ReLU that stays at
+its kink does not move, so its slope does not matter). All these points are within
 
     E_k = e_k + abs(W_k) E_{k-1}
 
-of g's own. Where delta_k is known as a linear form in the input, up to a rest, its signs are kept: J_k times the form is
-one form.
+of g's own pre-activations. Where delta_k is known as a linear form in the input, up to a rest, its signs are kept: J_k times
+the form is one form.
 
 On a sub-box, bounds on z_k widened by E_k settle most ReLUs, with slope 0 or 1. The others have a slope s in
-[0, 1], and J_k delta_k is multi-affine in the slopes: its maximum is attained where each slope is 0 or 1. So a
+[0, 1], and sum_k J_k delta_k is multi-affine in the slopes: its maximum is attained where each slope is 0 or 1. So a
 tree of phase splits (no constraint on x, only slopes) with an interval Jacobian at each node bounds it, and the split of
 inputs makes few ReLUs unsettled. This wins factors of 1,000 against abs(W) ... abs(W) e on deep narrow networks.
 
@@ -141,6 +146,7 @@ def bounds(chain: Chain, low: Array, high: Array) -> Boxes:
         if k:
             inner = _forward(chain, k, found, sizes[k])
             below, above = np.maximum(below, inner[0]), np.minimum(above, inner[1])
+        below, above = (np.where(np.isnan(b), end, b) for b, end in ((below, -np.inf), (above, np.inf)))
         found.lower.append(below)
         found.upper.append(above)
         found.slopes.append(slopes)
@@ -275,7 +281,7 @@ def _node(chain: Chain, errors: Sequence[_OnBoxes | None], current: Sequence[Arr
         if k > first:
             mid, rad = _before(mid, rad, chain.weights[k])
     widest = max(max(w.shape) for w in chain.weights)
-    return (total * (1 + 4 * _gamma(widest + len(chain.weights) + 8))).max(axis=1), np.concatenate(scores[::-1], axis=1)
+    return (total * (1 + 4 * _gamma(widest + len(chain.weights) + 8)) + TINY).max(axis=1), np.concatenate(scores[::-1], axis=1)
 
 
 def _weighed(error: _OnBoxes, mid: Array, rad: Array, box: Array) -> Array:

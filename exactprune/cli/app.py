@@ -82,7 +82,7 @@ def check(model: Path, run: Path, bundle: Path | None = None, /, *,
         model: The model file the run is about; the original model.
         run: Run folder written by verify; with a third argument, the smaller model.
         bundle: Certificate that compress wrote beside the smaller model.
-        exact: Integer arithmetic throughout, no float64 filter.
+        exact: Integer arithmetic throughout, no float64 filter; exit code 2 where a claim needs float64 bounds.
         input_shape: Input shape without batch axis, for example 1,28,28; needed where the file does not say it.
         json: Print the result as one JSON object on stdout, and nothing else there.
         quiet: Print nothing but errors.
@@ -90,7 +90,7 @@ def check(model: Path, run: Path, bundle: Path | None = None, /, *,
     from exactprune.cli.checking import run_check, run_check_bundle
 
     if bundle is not None:
-        return run_check_bundle(model, run, bundle, input_shape, json, quiet)
+        return run_check_bundle(model, run, bundle, exact, input_shape, json, quiet)
     return run_check(model, run, exact, input_shape, json, quiet)
 
 

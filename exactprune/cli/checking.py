@@ -32,17 +32,17 @@ def run_check(model: Path, run: Path, exact: bool, input_shape: tuple[int, ...] 
     return 0 if summary["accepted"] else 1
 
 
-def run_check_bundle(original: Path, compressed: Path, bundle: Path, input_shape: tuple[int, ...] | None, json: bool,
-                     quiet: bool) -> int:
+def run_check_bundle(original: Path, compressed: Path, bundle: Path, exact: bool, input_shape: tuple[int, ...] | None,
+                     json: bool, quiet: bool) -> int:
     """0 when the claim about two model files is accepted, 1 when it is rejected.
 
     Raises:
         LoadError: a model file is missing, or of a kind that the checker does not read.
-        CertificateError: there is no bundle.
+        CertificateError: there is no bundle, or with ``exact`` it cannot be judged in integers alone.
     """
     from exactprune.report.strict import pretty
 
-    summary = bundle_summary(original, compressed, bundle, input_shape)
+    summary = bundle_summary(original, compressed, bundle, input_shape, exact)
     if json:
         sys.stdout.write(pretty(summary))
     elif not quiet:
@@ -51,9 +51,9 @@ def run_check_bundle(original: Path, compressed: Path, bundle: Path, input_shape
 
 
 def bundle_summary(original: Path, compressed: Path, bundle: Path,
-                   input_shape: tuple[int, ...] | None) -> dict[str, Any]:
+                   input_shape: tuple[int, ...] | None, exact: bool = False) -> dict[str, Any]:
     """The checker's report on a bundle."""
-    from exactprune.checker.bundle import UnknownError, check_bundle
+    from exactprune.checker.bundle import FloatingError, UnknownError, check_bundle
 
     for path in (original, compressed):
         if not path.is_file():
@@ -61,12 +61,14 @@ def bundle_summary(original: Path, compressed: Path, bundle: Path,
     if not bundle.is_file():
         raise CertificateError(f"{bundle}: no such file; give the certificate that compress wrote beside the model")
     try:
-        report = check_bundle(original, compressed, bundle, input_shape)
+        report = check_bundle(original, compressed, bundle, input_shape, exact)
+    except FloatingError as error:
+        raise CertificateError(f"{bundle}: {error}; check it without --exact, or compress with a larger claim") from None
     except UnknownError as error:
         raise LoadError(f"the checker cannot read it itself: {error}; where it is the original, give network.npz of "
                         "the run folder instead") from None
     return {"schema": "exactprune-check-bundle/1", "original": str(original), "compressed": str(compressed),
-            "bundle": str(bundle), **report.as_dict()}
+            "bundle": str(bundle), "exact": exact, **report.as_dict()}
 
 
 def bundle_words(summary: Mapping[str, Any]) -> list[str]:
@@ -75,7 +77,7 @@ def bundle_words(summary: Mapping[str, Any]) -> list[str]:
     if not summary["accepted"]:
         return [*head, f"REJECTED: {summary['error']}"]
     claim = "f(x) = g(x)" if summary["level"] == "exact" else f"abs(f(x) - g(x)) <= {summary['claimed']!r}"
-    proved = "" if summary["level"] == "exact" else f" (proved here: {summary['deviation']!r})"
+    proved = "" if summary["level"] == "exact" else f" (proved here: {summary['deviation']!r}, in {summary['arithmetic']})"
     return [*head, f"ACCEPTED: {claim} as real functions for every x in the domain{proved}, checked in "
                    f"{summary['seconds']:.2f} s."]
 

@@ -62,21 +62,45 @@ def run_compress(model: Path, out: Path, change: CompressFlags, flags: DomainFla
 def _certified(result: Any, wanted: CompressOptions, data: np.ndarray | None, shown: Any) -> tuple[Any, Any]:
     """A compression with the level that the independent checker accepts.
 
-    Where that is not within what was allowed, only exact rewrites are kept; where there is no proof at all, nothing is
-    claimed beyond what was measured.
+    Where that is not within what was allowed, smaller budgets are tried, then exact rewrites only, and the bundle says so
+    with the reason; where there is no proof at all, nothing is claimed beyond what was measured.
     """
     from exactprune.compress.bundle import bundle
     from exactprune.compress.levels import measured
     from exactprune.pipeline import compress
 
-    for options in (wanted, replace(wanted, max_deviation="exact")):
-        smaller = compress(result, options=options, data=data, progress=shown)
+    budget, reach, refused = 0.0, 0.0, ""
+    waiting: list[str | float] = [wanted.max_deviation]
+    while True:
+        allowed = waiting.pop(0)
+        smaller = compress(result, options=replace(wanted, max_deviation=allowed), data=data, progress=shown)
         shown.stage("certificate")
         found = bundle(smaller.original, smaller.domain, smaller.rewrite, result.records, result.layers)
-        if found.level is not None and found.level.eps <= max(smaller.rewrite.budget, smaller.rewrite.eps):
+        if not refused:
+            budget, reach = smaller.rewrite.budget, smaller.rewrite.reach
+        if found.level is not None and found.level.eps <= max(budget, smaller.rewrite.eps if not refused else 0.0):
             break
+        if allowed == "exact":
+            break
+        refused = refused or _refused(found, budget)
+        waiting = waiting or [*_smaller_budgets(smaller.rewrite.eps, budget, found.report.deviation), "exact"]
+    if refused:
+        kept = "only exact rewrites are kept" if smaller.rewrite.eps == 0 else f"rewrites within {allowed:.3g} are kept"
+        found = replace(found, note=f"{refused}, so {kept}")
     level = found.level or measured(smaller.agreement.largest, smaller.agreement.inputs)
-    return replace(smaller, level=level), found
+    return replace(smaller, level=level, options=wanted, rewrite=replace(smaller.rewrite, budget=budget, reach=reach)), found
+
+
+def _refused(found: Any, budget: float) -> str:
+    """Why a bundle was not good enough."""
+    why = found.report.error or f"it proves {found.report.deviation:.3g}, allowed are {budget:.3g}"
+    return f"FELL BACK: the independent checker does not accept what was tried first ({found.claimed}): {why}"
+
+
+def _smaller_budgets(claimed: float, budget: float, deviation: float) -> list[float]:
+    """Two budgets in between: half of what was claimed, or what the checker's own bound leaves of it, and far less."""
+    share = budget / deviation if deviation > budget > 0 and np.isfinite(deviation) else 1.0
+    return [b for b in (0.5 * claimed * share, 0.01 * claimed * share) if b > 0]
 
 
 # -- before ------------------------------------------------------------------------------------------------------

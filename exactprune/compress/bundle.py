@@ -39,12 +39,14 @@ class Bundle:
         claimed: the compressor's own claim.
         records: of the bundle, header first; they make the claim ``level``.
         report: the checker's last word.
+        note: what was tried before and why it was given up; empty if nothing was.
     """
 
     level: Level | None
     claimed: Level
     records: tuple[Record, ...]
     report: BundleReport
+    note: str = ""
 
     @property
     def data(self) -> bytes:
@@ -57,7 +59,11 @@ class Bundle:
 
     @property
     def words(self) -> str:
-        """What the checker made of the claim, in one sentence."""
+        """What the checker made of the claim, in one sentence; behind it what was given up."""
+        return f"{self._words}. {self.note}" if self.note else self._words
+
+    @property
+    def _words(self) -> str:
         if self.level is None:
             return f"the independent checker does not accept {self.claimed}: {self.report.error}"
         found = f"the independent checker proves abs(f - g) <= {upward(self.report.deviation)} from the files alone"

@@ -1,62 +1,56 @@
-"""The largest difference of two networks by ReLU phases: a MILP suggests it, branch and bound proves it.
+"""The largest difference of two networks by a MILP, which suggests a bound and finds points.
 
-The joint network is given 2 n outputs +-(A - B) - t, and ``branch_and_bound`` is asked whether all of them are <= 0: its
-bounds are sound in float64, so a "yes" proves abs(A - B) <= t without a solver, and a counterexample raises the lower
-bound and with it t = (1 + gap) * lower. The MILP (``formulations.bigm``, HiGHS) serves for points and for a bound that is
-reported as suggested.
+Both networks side by side are one big-M model (``formulations.bigm``) that says nothing of what they share, so its
+relaxation is as loose as that of A plus that of B. What ``bounds.difference`` has proved of every pair of neurons,
+
+    l <= z_B - r z_A <= u    and    l' <= relu(z_B) - relu(r z_A) <= u',
+
+is added as rows: they hold on the whole domain, so no point is cut off, and the relaxation of A - B becomes about as tight
+as those bounds. HiGHS' dual bound is the solver's word: it is reported as suggested and is never the upper bound, which
+``difference_pairs`` proves.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import inf, nextafter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from time import monotonic
 
 import numpy as np
-import torch
-from torch import Tensor
+from scipy import sparse
 
-from exactprune.bounds.difference import Joint
-from exactprune.bounds.dual import initial_rows
-from exactprune.bounds.interval import propagate
+from exactprune.bounds.difference import Joint, Partners
 from exactprune.bounds.layerwise import Layerwise
-from exactprune.bounds.program import compile_network
-from exactprune.deciders.branch_and_bound import BranchAndBound, Decision, Limits
-from exactprune.deciders.difference_search import Largest, Search
-from exactprune.deciders.highs import HighsOptions
-from exactprune.deciders.milp import maximum
+from exactprune.deciders.highs import HighsOptions, solve
 from exactprune.domain import Box
 from exactprune.errors import ExactPruneError
-from exactprune.formulations.bigm import build
-from exactprune.network import INPUT, Network, Node
-from exactprune.ops import Affine, ReLU
+from exactprune.formulations.arrays import Kind, RowKind, Rows, scaled
+from exactprune.formulations.bigm import BigM, build
+from exactprune.network import Network
 
-NODES = 200_000
-STEPS = 40
+SLACK = 1e-6  # of a row's range: a solver's tolerance is not to cut points off
 
 
 @dataclass(frozen=True, eq=False)
-class Proof:
-    """What branch and bound reached.
+class Paired:
+    """Bounds of the pairs of one layer of B, flat (neurons,): of z_B - r z_A, and of relu(z_B) - relu(r z_A).
 
     Attributes:
-        upper: (outputs,) sound bounds of abs(A - B).
-        found: the largest differences met.
-        nodes: how many were bounded.
-        reason: why the gap is open; empty when it is closed.
+        layers: ReLU layers of A and of B in the network side by side.
+        source: A's neuron; -1 for none.
+        ratio: r.
+        before, after: (2, neurons) lower and upper.
     """
 
-    upper: np.ndarray
-    found: Largest
-    nodes: int
-    reason: str
+    layers: tuple[int, int]
+    source: np.ndarray
+    ratio: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
 
 
-# -- suggestions -------------------------------------------------------------------------------------------------------
-
-
-def suggest(joint: Joint, box: Box, state: Layerwise, uppers: np.ndarray, lowers: np.ndarray,
-            seconds: float) -> tuple[float | None, np.ndarray]:
+def suggest(joint: Joint, box: Box, state: Layerwise, uppers: np.ndarray, lowers: np.ndarray, seconds: float,
+            pairs: tuple[Paired, ...] = ()) -> tuple[float | None, np.ndarray]:
     """A MILP's bound on the largest difference, which proves nothing, and its points (points, inputs).
 
     Args:
@@ -65,101 +59,95 @@ def suggest(joint: Joint, box: Box, state: Layerwise, uppers: np.ndarray, lowers
         state: bounds of the joint network.
         uppers, lowers: (outputs,) what is known.
         seconds: for all solves together.
+        pairs: bounds of differences.
     """
     deadline, best = monotonic() + seconds, float(lowers.max(initial=0.0))
     asked = [int(i) for i in np.argsort(-uppers, kind="stable") if uppers[i] > best]
     low, high = ([getattr(state.at(k), side)[0].cpu().numpy() for k in range(joint.last)] for side in ("lower", "upper"))
-    points, bound = [], best
+    points: list[np.ndarray] = []
+    bound = best
     try:
-        model = build(joint.network, box, low, high, target=joint.last, neurons=np.array(asked))
+        model = with_pairs(build(joint.network, box, low, high, target=joint.last, neurons=np.array(asked)), pairs, low, high)
     except ExactPruneError:
         return None, np.empty((0, box.lower.size))
-    for i, output in enumerate(asked):
-        left = (deadline - monotonic()) / (len(asked) - i)
-        for sign in (1, -1):
-            side = maximum(model, output, sign, HighsOptions(time_limit=max(0.0, left / 2)), stop_early=False)
-            bound = max(bound, min(side.bound, float(uppers[output])))
-            if side.witness is not None:
-                points.append(side.witness.reshape(-1))
+    for output, sign in ((o, s) for o in asked for s in (1, -1)):
+        left = (deadline - monotonic()) / 2  # whatever is not above the worst so far ends at once
+        c, offset = model.objective(output)
+        arrays = model.arrays.with_objective(sign * c, sign * offset)
+        known = bound
+        outcome = solve(arrays, "max", HighsOptions(time_limit=max(0.01, left), mip_gap=1e-4),
+                        stop=lambda _, dual, known=known: bool(dual <= known))
+        bound = max(bound, min(outcome.dual_bound, float(uppers[output])))
+        if outcome.x is not None:
+            points.append(model.point(outcome.x).reshape(-1))
     return bound, np.array(points).reshape(-1, box.lower.size)
 
 
-# -- proofs ------------------------------------------------------------------------------------------------------------
+# -- rows of differences -----------------------------------------------------------------------------------------------
 
 
-def prove(joint: Joint, state: Layerwise, search: Search, uppers: np.ndarray, found: Largest, *, gap: float,
-          tolerance: float | None, deadline: float) -> Proof:
-    """Lower the upper bounds to (1 + gap) times the largest difference, or to the tolerance.
+def with_pairs(model: BigM, pairs: tuple[Paired, ...], low: list[np.ndarray], high: list[np.ndarray]) -> BigM:
+    """The model with the rows that bound differences, for the neurons that have columns."""
+    entries: list[tuple[dict[int, float], float, float, int, int]] = []
+    for pair in pairs:
+        first, second = (_columns(model, k, low[k], high[k]) for k in pair.layers)
+        for j in np.flatnonzero(pair.source >= 0).tolist():
+            a, b = first.get(int(pair.source[j])), second.get(j)
+            if a is not None and b is not None:
+                entries += list(_rows(a, b, pair, j))
+    if not entries:
+        return model
+    arrays, width = model.arrays, model.arrays.c.size
+    place = [(i, k, v) for i, (row, *_) in enumerate(entries) for k, v in row.items()]
+    row, column, value = (np.array(t) for t in zip(*place, strict=True))
+    matrix = sparse.csr_array((value.astype(np.float64), (row, column)), shape=(len(entries), width))
+    matrix, below, above, factor = scaled(matrix, np.array([e[1] for e in entries]), np.array([e[2] for e in entries]))
+    rows = Rows(np.append(arrays.rows.kind, np.full(len(entries), RowKind.INDICATOR)),
+                np.append(arrays.rows.layer, [e[3] for e in entries]), np.append(arrays.rows.index, [e[4] for e in entries]),
+                np.append(arrays.rows.scale, factor))
+    more = replace(arrays, A=sparse.csr_array(sparse.vstack([arrays.A, matrix])), rows=rows,
+                   row_lower=np.append(arrays.row_lower, below), row_upper=np.append(arrays.row_upper, above))
+    return replace(model, arrays=more)
+
+
+def _columns(model: BigM, layer: int, low: np.ndarray, high: np.ndarray) -> dict[int, tuple[int, int, float, float]]:
+    """Unstable neuron -> columns of z and of the slack, and their scales u and l: z_hat = u z' + l s'."""
+    columns = model.arrays.columns
+    z, index = columns.where(Kind.Z, layer)
+    slack = dict(zip(*(t.tolist() for t in columns.where(Kind.SLACK, layer)[::-1]), strict=True))
+    return {i: (c, slack[i], float(high[i]), float(low[i])) for c, i in zip(z.tolist(), index.tolist(), strict=True)}
+
+
+def _rows(a: tuple[int, int, float, float], b: tuple[int, int, float, float], pair: Paired,
+          j: int) -> Iterator[tuple[dict[int, float], float, float, int, int]]:
+    r, (za, sa, ua, la), (zb, sb, ub, lb) = float(pair.ratio[j]), a, b
+    margin = SLACK * (ub - lb + r * (ua - la))
+    for bounds, row in ((pair.before[:, j], {zb: ub, sb: lb, za: -r * ua, sa: -r * la}),
+                        (pair.after[:, j], {zb: ub, za: -r * ua})):
+        if np.isfinite(bounds).all() and len(row) in (2, 4):
+            yield row, float(bounds[0]) - margin, float(bounds[1]) + margin, pair.layers[1], j
+
+
+def pairs_of(side_by_side: Joint, relative: Joint, state: Layerwise, partners: Mapping[int, Partners], a: Network,
+             b: Network) -> tuple[Paired, ...]:
+    """What the bounds of the relative network say about every layer of pairs.
 
     Args:
-        joint: A and B side by side.
-        state: bounds of every node of it over the box.
-        search: judges points.
-        uppers: (outputs,) what is known.
-        found: points so far.
-        gap, tolerance, deadline: see ``exactprune.equiv``.
+        side_by_side, relative: the two joint networks.
+        state: bounds of ``relative``.
+        partners: of ``relative``.
+        a, b: the networks.
     """
-    uppers, nodes = uppers.copy(), 0
-    while True:
-        best = float(found.lower.max(initial=0.0))
-        goal = (1 + gap) * best if tolerance is None or best > tolerance else max(tolerance, (1 + gap) * best)
-        if float(uppers.max(initial=0.0)) <= goal or (tolerance is not None and best > tolerance):
-            return Proof(uppers, found, nodes, "")
-        if goal == 0:
-            return Proof(uppers, found, nodes, "no difference was found, so there is no gap to close; give a tolerance")
-        question = _Question(joint, state, search, uppers, found, goal)
-        decisions = question.ask(deadline)
-        nodes, found = nodes + sum(d.nodes for d in decisions), question.found
-        question.tighten(uppers, decisions)
-        reasons = [d.reason for d in decisions if d.reason and not d.refuted]
-        if reasons and (monotonic() > deadline or not any(d.refuted for d in decisions)):
-            return Proof(uppers, found, nodes, reasons[0])
-
-
-class _Question:
-    """Is abs(A - B) <= goal, for the outputs whose bounds are above it?"""
-
-    def __init__(self, joint: Joint, state: Layerwise, search: Search, uppers: np.ndarray, found: Largest, goal: float) -> None:
-        self.search, self.found, self.goal = search, found, goal
-        self.asked = np.flatnonzero(uppers > goal)
-        self.network = _shifted(joint, self.asked, goal)
-        self.program = compile_network(self.network, state.program.device)
-        difference = len(joint.network.nodes) - 2
-        self.known = {i: b for i, b in state.known.items() if i <= difference}
-        propagate(self.program, self.known, difference + 1)
-
-    def ask(self, deadline: float) -> list[Decision]:
-        """One decision for every output and sign."""
-        count = 2 * len(self.asked)
-        neurons = torch.arange(count, device=self.program.device)
-        layer = len(self.network.relus) - 1
-        rows = initial_rows(self.program, layer, neurons, torch.ones(count, dtype=torch.float64), self.known)
-        widest = max(self.program.size(i) for i in range(INPUT, len(self.program.sizes)))
-        batch = int(max(2, min(256, (1 << 31) // (8 * 24 * widest * max(1, len(rows.alpha))))))
-        return BranchAndBound(self.program, self.known, rows, self._refute, Limits(deadline, NODES, batch, STEPS)).run()
-
-    def _refute(self, points: Tensor, neurons: Tensor, signs: Tensor) -> Tensor:
-        with torch.no_grad():
-            values, errors = (t[-1] for t in self.search.forward.with_errors(points))
-        self.found = self.found.joined(self.search.judge(points))
-        output = torch.as_tensor(self.asked, device=points.device)[neurons % len(self.asked)]
-        side = torch.where(neurons < len(self.asked), 1.0, -1.0)
-        sure = values.gather(1, output[:, None])[:, 0] * side - errors.gather(1, output[:, None])[:, 0]
-        return torch.nan_to_num(sure, nan=-inf) > self.goal
-
-    def tighten(self, uppers: np.ndarray, decisions: list[Decision]) -> None:
-        """Put what the decisions prove into ``uppers``: goal, plus what the open nodes leave."""
-        for place, output in enumerate(self.asked):
-            both = (decisions[place], decisions[place + len(self.asked)])
-            if not any(d.refuted for d in both):
-                left = max(0.0, *(d.bound for d in both))
-                uppers[output] = min(uppers[output], nextafter(self.goal + left, inf) if left else self.goal)
-
-
-def _shifted(joint: Joint, outputs: np.ndarray, goal: float) -> Network:
-    """The joint network with the outputs +(A - B) - goal, -(A - B) - goal."""
-    unit = np.eye(joint.network.output_shape[0])[outputs]
-    shift = Affine(np.concatenate([unit, -unit]), np.full(2 * len(outputs), -goal))
-    nodes = joint.network.nodes[:-1]
-    ends = (Node("shifted", shift, (len(nodes) - 1,)), Node("open", ReLU(), (len(nodes),)))
-    return Network((*nodes, *ends), joint.network.input_shape, joint.network.dtype, joint.network.name)
+    found = []
+    for layer, delta in relative.deltas.items():
+        partner = partners[delta.layer]
+        ends = side_by_side.of_a.get(partner.layer, -1), side_by_side.of_b.get(delta.layer, -1)
+        if min(ends) < 0:
+            continue
+        places = int(np.prod(b.shapes[b.relus[delta.layer]][1:], dtype=int))
+        source = np.where(np.asarray(partner.source)[:, None] < 0, -1,
+                          np.asarray(partner.source)[:, None] * places + np.arange(places)).reshape(-1)
+        before, after = (np.stack([getattr(bounds, side)[0].cpu().numpy() for side in ("lower", "upper")])
+                         for bounds in (state.at(layer), state.known[relative.network.relus[layer]]))
+        found.append(Paired(ends, source, np.repeat(np.asarray(partner.ratio, np.float64), places), before, after))
+    return tuple(found)

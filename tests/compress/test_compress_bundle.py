@@ -238,6 +238,33 @@ def test_misuse(done):
         assert found.returncode == 2 and found.stderr.count("\n") == 1, (arguments, found)
 
 
+@pytest.mark.parametrize(("accepts", "words"), [(0.6, "rewrites within"), (0.0, "only exact rewrites are kept")])
+def test_falling_back_is_said(monkeypatch, accepts, words):
+    """A checker that proves little: a smaller budget first, then exact rewrites; the first budget and R stay."""
+    import exactprune
+    from exactprune.cli.commands import _certified
+    from exactprune.cli.progress import progress
+    from exactprune.compress import bundle as module
+
+    result = exactprune.verify(exactprune.load(MODELS / "digits_2x32.pt"), options=exactprune.VerifyOptions(exact=False))
+    first, tried, honest = exactprune.compress(result), [], module.bundle
+
+    def strict(network, domain, rewrite, certificate, verdicts):
+        found = honest(network, domain, rewrite, certificate, verdicts)
+        tried.append(rewrite.eps)
+        if rewrite.eps <= accepts * first.rewrite.eps:
+            return found
+        return replace(found, level=None, report=replace(found.report, error="not today"))
+
+    monkeypatch.setattr(module, "bundle", strict)
+    with progress(True) as shown:
+        smaller, found = _certified(result, exactprune.CompressOptions(), None, shown)
+    assert (smaller.rewrite.budget, smaller.rewrite.reach) == (first.rewrite.budget, first.rewrite.reach) and first.rewrite.reach
+    assert "FELL BACK" in found.words and "not today" in found.words and words in found.words
+    assert found.level is not None and smaller.level == found.level and len(tried) >= 2
+    assert (found.level.kind is Kind.EXACT) == (accepts == 0)
+
+
 @pytest.mark.parametrize(("name", "shape"), [("fashion_2x100.pt", None), ("fashion_conv_bn.pt", (1, 28, 28)),
                                              pytest.param("fashion_resnet.onnx", None, marks=pytest.mark.slow)])
 def test_trained_models(name, shape):

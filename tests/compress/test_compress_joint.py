@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 
 from exactprune.checker import chains
-from exactprune.checker.bundle import check_records
+from exactprune.checker.bundle import FLOATS, FloatingError, check_bundle, check_records
 from exactprune.checker.chains import Entering
 from exactprune.checker.network import CheckError
 from exactprune.checker.network import of as checked
+from exactprune.cli.app import run
 from exactprune.compress import compress_network
 from exactprune.compress.bundle import bundle
 from exactprune.compress.joint import applies, joint
 from exactprune.compress.rewrite import compress_network as whole
 from exactprune.domain import Box, uniform
+from exactprune.io import save
 from exactprune.ops import Affine, Conv2d, MaxPool2d, ReLU, Reshape, Scale
 
 SIZES = (3, 8, 7, 6, 2)
@@ -32,7 +34,7 @@ def network(tools, rng, sizes=SIZES, scale=True):
     return tools.chain((sizes[0],), *ops[:-1])
 
 
-def run(chain, x, forms=None, noise=None):
+def run_chain(chain, x, forms=None, noise=None):
     """z_k of a chain in float64, with errors put in at every layer: form x + noise."""
     found, y = [], x
     for k, (weight, bias) in enumerate(zip(chain.weights, chain.biases, strict=True)):
@@ -62,7 +64,7 @@ def test_bounds_hold_on_every_box(tools, seed):
     low, high = boxes_of(rng, -np.ones(3), np.ones(3), 6)
     known = chains.bounds(chain, low, high)
     for i in range(6):
-        z = run(chain, low[i] + (high[i] - low[i]) * rng.random((500, 3)))
+        z = run_chain(chain, low[i] + (high[i] - low[i]) * rng.random((500, 3)))
         for k in range(chain.hidden):
             assert (z[k] >= known.lower[k][i] - 1e-12).all() and (z[k] <= known.upper[k][i] + 1e-12).all()
             assert (known.upper[k][i] - known.lower[k][i]).max() < 100
@@ -88,7 +90,8 @@ def test_no_run_with_errors_drifts_further(tools, size, signed):
         for i in range(5):
             x = low[i] + (high[i] - low[i]) * rng.random((400, 3))
             noise = [w * rng.choice([-1.0, 1.0], (400, len(w))) for w in (widths if signed else reach)]
-            gap = np.abs(run(chain, x, forms if signed else [f * 0 for f in forms], noise)[-1] - run(chain, x)[-1]).max()
+            with_errors = run_chain(chain, x, forms if signed else [f * 0 for f in forms], noise)
+            gap = np.abs(with_errors[-1] - run_chain(chain, x)[-1]).max()
             assert gap <= fine[i] * (1 + 1e-9)
 
 
@@ -151,6 +154,35 @@ def test_dependent_rows_go_at_rounding_and_the_bundle_is_accepted(tools, compres
     found = bundle(f, box, rewrite, records(f, box, verdicts), verdicts)
     assert found.report.accepted and found.level == rewrite.level, found.report.error
     assert [r["record"] for r in found.records].count("split") == 1
+
+
+def test_under_exact_float64_is_not_enough(tools, compressed, tmp_path, capsys):
+    f, box, verdicts, rewrite = compressed
+    found = bundle(f, box, rewrite, records(f, box, verdicts), verdicts)
+    assert found.report.arithmetic == FLOATS
+    save(f, tmp_path / "f.pt")
+    save(rewrite.network, tmp_path / "g.pt")
+    (tmp_path / "c").write_bytes(found.data)
+    files = [tmp_path / name for name in ("f.pt", "g.pt", "c")]
+    assert check_bundle(*files).accepted
+    with pytest.raises(FloatingError, match="split"):
+        check_bundle(*files, exact=True)
+    assert run(["check", *map(str, files)]) == 0 and FLOATS in capsys.readouterr().out
+    assert run(["check", *map(str, files), "--exact"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "float64" in captured.err and captured.err.count("\n") == 1
+
+
+def test_overflow_is_no_bound():
+    """Forms that overflow where values do not: NaN bounds must not pass for settled phases."""
+    big = np.full((2, 2), 1e200)
+    chain = chains.Chain((big, big, np.ones((2, 2)), np.ones((1, 2))), (np.zeros(2), np.zeros(2), np.zeros(2), np.zeros(1)))
+    low, high = np.zeros((1, 2)), np.full((1, 2), 1e-300)
+    with np.errstate(all="ignore"):
+        known = chains.bounds(chain, low, high)
+        assert not any(np.isnan(b).any() for b in (*known.lower, *known.upper))
+        z = run_chain(chain, high)
+    assert all((known.lower[k] <= z[k]).all() and (z[k] <= known.upper[k]).all() for k in range(3))
 
 
 def test_a_network_that_differs_more_is_not_accepted(tools, compressed):
