@@ -6,9 +6,9 @@
 
 The upper bound is the smaller one, output by output, of two sound ones: A and B side by side, and B written relative to
 A (``bounds.difference``), which is far tighter where B comes from A. The lower bound is a point found by gradient search,
-its difference computed in rationals. ``exact=True`` closes the gap: by splitting the box where it has few inputs, by branch
-and bound over ReLU phases otherwise, for which a MILP suggests the value to be proved. A solver's own bound is reported
-as a suggestion and never as the upper bound.
+its difference computed in rationals. ``exact=True`` closes the gap: by splitting the box where it has few inputs, by
+branch and bound over the phases of both networks otherwise, with points from a MILP. A solver's own bound is reported as
+a suggestion and never as the upper bound.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ if TYPE_CHECKING:
     from exactprune.bounds.difference import Joint, Partners
     from exactprune.bounds.interval import NodeBounds
     from exactprune.bounds.layerwise import Layerwise
+    from exactprune.deciders.difference_boxes import BoxSplit
+    from exactprune.deciders.difference_pairs import PhaseSplit
 
 FEW_INPUTS = 12
-SUGGESTING, SPLITTING = 0.2, 0.1  # shares of the time where there are more
+SUGGESTING, TRYING = 0.15, 0.1  # shares of the time where there are more
 APART = (1.0, 0.1, 0.01, 1e-3, 1e-5)
 
 
@@ -231,9 +233,7 @@ class _Run:
             self._split(gap, tolerance, deadline)
             return
         self._suggest(SUGGESTING * seconds)
-        self._split(gap, tolerance, monotonic() + SPLITTING * seconds)
-        if not self._done(gap, tolerance):
-            self._phases(gap, tolerance, deadline)
+        self._race(gap, tolerance, TRYING * seconds, deadline)
 
     def _done(self, gap: float, tolerance: float | None) -> bool:
         upper, lower = float(self.uppers.max(initial=0.0)), float(self.found.lower.max(initial=0.0))
@@ -241,14 +241,34 @@ class _Run:
         return decided or upper <= (1 + gap) * lower
 
     def _split(self, gap: float, tolerance: float | None, deadline: float) -> None:
+        self._go_on(self._boxes(gap, tolerance), deadline)
+
+    def _race(self, gap: float, tolerance: float | None, trial: float, deadline: float) -> None:
+        """Boxes and phases for as long each; the one that has the better bound by then goes on."""
+        best = inf
+        chosen = ways = (self._boxes(gap, tolerance), self._phases(gap, tolerance))
+        for way in ways:
+            if not self._done(gap, tolerance):
+                own = self._go_on(way, min(deadline, monotonic() + trial))
+                best, chosen = (own, (way,)) if own < best else (best, chosen)
+        if not self._done(gap, tolerance) and self.reason and "limit" in self.reason:
+            self._go_on(chosen[0], deadline)
+
+    def _go_on(self, way: BoxSplit | PhaseSplit, deadline: float) -> float:
+        """Run until a time; the way's own bound."""
+        way.found, way.deadline = self.found.joined(way.found), deadline
+        reached = way.run()
+        self.uppers, self.found, self.reason = np.minimum(self.uppers, reached.upper), reached.found, reached.reason
+        self.note(f"{way.words}, {reached.count:,} pieces")
+        return float(reached.upper.max(initial=0.0))
+
+    def _boxes(self, gap: float, tolerance: float | None) -> BoxSplit:
         from exactprune.bounds.program import compile_network
         from exactprune.deciders.difference_boxes import BoxSplit
 
         program, kept = compile_network(self.relative.network, self.device), self.memory // (40 * self.domain.lower.size)
-        closed = BoxSplit(program, self.relative, self.finder, self.uppers, self.found, gap=gap, tolerance=tolerance,
-                          deadline=deadline, boxes=max(1000, kept)).run()
-        self.uppers, self.found, self.reason = np.minimum(self.uppers, closed.upper), closed.found, closed.reason
-        self.note(f"box splitting, {closed.boxes} pieces")
+        return BoxSplit(program, self.relative, self.finder, self.uppers, self.found, gap=gap, tolerance=tolerance,
+                        deadline=inf, boxes=max(1000, kept))
 
     def _suggest(self, seconds: float) -> None:
         from exactprune.deciders.difference_phases import pairs_of, suggest
@@ -260,14 +280,11 @@ class _Run:
             self.found = self.found.joined(self.finder.judge(self.finder.forward.tensor(points)))
         self.note("MILP, suggests only")
 
-    def _phases(self, gap: float, tolerance: float | None, deadline: float) -> None:
+    def _phases(self, gap: float, tolerance: float | None) -> PhaseSplit:
         from exactprune.deciders.difference_pairs import PhaseSplit
 
-        state, beside = self._bounded(self.relative), self._of_b()
-        proof = PhaseSplit(self.relative, state, self.finder, self.uppers, self.found, gap=gap, tolerance=tolerance,
-                           deadline=deadline, beside=beside, memory=self.memory).run()
-        self.uppers, self.found, self.reason = np.minimum(self.uppers, proof.upper), proof.found, proof.reason
-        self.note(f"branch and bound, {proof.nodes} nodes")
+        return PhaseSplit(self.relative, self._bounded(self.relative), self.finder, self.uppers, self.found, gap=gap,
+                          tolerance=tolerance, deadline=inf, beside=self._of_b(), memory=self.memory)
 
     def _of_b(self) -> dict[int, NodeBounds]:
         """Bounds of B by itself, by layer of the relative network."""

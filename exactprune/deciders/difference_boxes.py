@@ -31,13 +31,13 @@ class Closed:
     Attributes:
         upper: (outputs,) sound bounds of abs(A - B) over the box.
         found: the largest differences met.
-        boxes: how many pieces were bounded.
+        count: how many pieces were bounded.
         reason: why it ended early; empty when the gap is closed.
     """
 
     upper: np.ndarray
     found: Largest
-    boxes: int
+    count: int
     reason: str
 
 
@@ -66,6 +66,8 @@ class BoxSplit:
         boxes: pieces at most.
     """
 
+    words = "box splitting"
+
     def __init__(self, program: Program, joint: Joint, search: Search, upper: np.ndarray, found: Largest, *, gap: float,
                  tolerance: float | None, deadline: float, boxes: int = 1_000_000) -> None:
         self.program, self.joint, self.search, self.found = program, joint, search, found
@@ -78,7 +80,7 @@ class BoxSplit:
         self._bound(low, high, upper[None])
 
     def run(self) -> Closed:
-        """Split until the gap is closed, the tolerance is decided, or time is up."""
+        """Split until the gap is closed, the tolerance is decided, or time is up; may be called again with more time."""
         reason = ""
         while self.heap and not reason:
             if self._enough():

@@ -54,13 +54,13 @@ class Proof:
     Attributes:
         upper: (outputs,) sound bounds of abs(A - B).
         found: the largest differences met.
-        nodes: how many were bounded.
+        count: how many nodes were bounded.
         reason: why the gap is open; empty when it is closed.
     """
 
     upper: np.ndarray
     found: Largest
-    nodes: int
+    count: int
     reason: str
 
 
@@ -149,6 +149,8 @@ class PhaseSplit:
         gap, tolerance, deadline: see ``exactprune.equiv``.
         memory: bytes for open nodes.
     """
+
+    words = "branch and bound over phases"
 
     def __init__(self, joint: Joint, state: Layerwise, search: Search, upper: np.ndarray, found: Largest, *, gap: float,
                  tolerance: float | None, deadline: float, beside: Mapping[int, NodeBounds] | None = None,
@@ -315,11 +317,12 @@ class PhaseSplit:
     # -- the tree --------------------------------------------------------------------------------------------------------
 
     def run(self) -> Proof:
-        """Split until the gap is closed, the tolerance is decided, or time is up."""
+        """Split until the gap is closed, the tolerance is decided, or time is up; may be called again with more time."""
         if self._goal() == 0:
             return Proof(self.start, self.found, 0, "no difference was found, so there is no gap to close; give a tolerance")
         with torch.no_grad():
-            self._roots()
+            if not self.count:
+                self._roots()
             reason = ""
             while self.heap and not reason and not self._enough():
                 if monotonic() > self.deadline or len(self.heap) >= self.limit:
