@@ -138,6 +138,9 @@ def _rewritten(network: Network, domain: Box, layers: Sequence[LayerVerdict], bu
         spent = sum((step.level for step in steps), EXACT).eps
         state, more, further = _spend(state, domain, nominal - spent)
         removals, steps = removals + more, steps + further
+        left = math.nextafter(nominal - sum((step.level for step in steps), EXACT).eps, -math.inf)
+        state, more, further = _twins(state, domain, max(left, 0.0))
+        removals, steps = removals + more, steps + further
     state, more, further = shrink(state, linearise=True)
     removals, steps = removals + more, steps + further
     level = sum((step.level for step in steps), EXACT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,15 +57,26 @@ def _absorb(state: State, domain: Box, layer: int, budget: float) -> tuple[State
     active = (verdict.status == Status.ACTIVE).reshape(verdict.shape[0], -1).all(axis=1)
     found = list(twins(block, budget, active if merges else np.zeros(len(active), bool)))
     chosen = _affordable(block, found, reach, budget)
-    while chosen:
-        w_out, error = absorbed(block, chosen, reach)
-        moved = propagate_all(network, outputs_of(network, where, error[None]))
-        deviation = moved[network.output][0]
-        if np.isfinite(w_out).all() and float(np.max(deviation, initial=0.0)) <= budget:
-            after = _without(widened(state, moved) if error.any() else state, where, layer, chosen, w_out)
-            return after, Absorbed(layer, tuple(chosen), deviation)
-        chosen = chosen[:len(chosen) // 2]
-    return state, None
+    best: tuple[State, Absorbed] | None = None
+    fits, fails = 0, len(chosen) + 1  # the cheapest ones that fit: their deviation grows with their number
+    while fails - fits > 1:
+        count = fails - 1 if best is None and fails > len(chosen) else (fits + fails) // 2
+        done = _carried_out(state, where, block, chosen[:count], reach, budget, layer)
+        best, fits, fails = (best, fits, count) if done is None else (done, count, fails)
+    return best or (state, None)
+
+
+def _carried_out(state: State, where: Surroundings, block: Block, chosen: Sequence[Twin], reach: np.ndarray, budget: float,
+                 layer: int) -> tuple[State, Absorbed] | None:
+    """The network without these twins, if its output moves by no more than the budget."""
+    network = state.network
+    w_out, error = absorbed(block, chosen, reach)
+    moved = propagate_all(network, outputs_of(network, where, error[None]))
+    deviation = moved[network.output][0]
+    if not (np.isfinite(w_out).all() and float(np.max(deviation, initial=0.0)) <= budget):
+        return None
+    after = _without(widened(state, moved) if error.any() else state, where, layer, list(chosen), w_out)
+    return after, Absorbed(layer, tuple(chosen), deviation)
 
 
 def _affordable(block: Block, found: list[Twin], reach: np.ndarray, budget: float) -> list[Twin]:

@@ -1,0 +1,124 @@
+"""Every planted redundancy is found: dead, doubled and low-rank stably active units, dense, convolutional and residual.
+
+Networks are generic (normal weights, unstable units) but for what is planted, so the number of units that may stay is known:
+the unstable ones that are no copies, and as many linear units as the rank of the stably active ones. A small dose runs
+always, ``-m slow`` runs 1,000 networks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from exactprune.compress import compress_network
+from exactprune.domain import uniform
+from exactprune.network import INPUT, Network, Node, build
+from exactprune.ops import Add, Affine, Conv2d, ReLU, Reshape
+
+
+@dataclass(frozen=True)
+class Planted:
+    """How many units of a layer are what; ``rank`` is that of the active ones' weights."""
+
+    unstable: int
+    dead: int
+    doubled: int
+    active: int
+    rank: int
+
+    @property
+    def units(self) -> int:
+        return self.unstable + self.dead + self.doubled + self.active
+
+    @property
+    def needed(self) -> int:
+        """So many units may stay."""
+        return self.unstable + min(self.rank, self.active)
+
+
+def draw(rng: np.random.Generator, low_rank: bool) -> Planted:
+    active = int(rng.integers(4, 9)) if low_rank else 0
+    rank = int(rng.integers(1, 4)) if low_rank else 0
+    return Planted(int(rng.integers(2, 5)), int(rng.integers(1, 4)), int(rng.integers(1, 4)), active, rank)
+
+
+def rows(rng: np.random.Generator, plan: Planted, inputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (units, inputs) and biases (units,), float32, on inputs in [0, 1]: shuffled."""
+    generic = rng.standard_normal((plan.unstable, inputs))
+    half = -generic.sum(axis=1) / 2  # 0 lies in the middle of the range
+    dead = rng.standard_normal((plan.dead, inputs))
+    copied = rng.integers(0, plan.unstable, plan.doubled)
+    factor = np.exp2(rng.integers(-2, 3, plan.doubled))
+    first, second = rng.integers(-8, 9, (plan.active, plan.rank)) / 8, rng.integers(-8, 9, (plan.rank, inputs)) / 8
+    active = first @ second  # the rank is exact in float32
+    weight = np.concatenate([generic, dead, np.float32(generic[copied]) * factor[:, None], active]).astype(np.float32)
+    bias = np.concatenate([half, np.full(plan.dead, -1000), np.float32(half[copied]) * factor,
+                           0.5 - np.minimum(active, 0).sum(axis=1)]).astype(np.float32)
+    order = rng.permutation(plan.units)
+    return weight[order], bias[order]
+
+
+def generic(rng: np.random.Generator, outputs: int, inputs: int) -> tuple[np.ndarray, np.ndarray]:
+    weight = rng.standard_normal((outputs, inputs))
+    return weight.astype(np.float32), rng.standard_normal(outputs).astype(np.float32)
+
+
+def dense(rng: np.random.Generator) -> tuple[Network, int, Planted]:
+    plan, inputs = draw(rng, True), int(rng.integers(5, 9))
+    second = int(rng.integers(4, 7))
+    nodes = [Node("a", Affine(*rows(rng, plan, inputs)), (INPUT,)), Node("b", ReLU(), (0,)),
+             Node("c", Affine(*generic(rng, second, plan.units)), (1,)), Node("d", ReLU(), (2,)),
+             Node("e", Affine(*generic(rng, 3, second)), (3,))]
+    return build(nodes, (inputs,), np.float32), 1, plan
+
+
+def convolutional(rng: np.random.Generator) -> tuple[Network, int, Planted]:
+    plan, channels = draw(rng, True), int(rng.integers(1, 3))
+    weight, bias = rows(rng, plan, channels * 4)
+    after, offset = generic(rng, 3, plan.units * 4)
+    nodes = [Node("a", Conv2d(weight.reshape(-1, channels, 2, 2), bias), (INPUT,)), Node("b", ReLU(), (0,)),
+             Node("c", Conv2d(after.reshape(3, -1, 2, 2), offset), (1,)), Node("d", ReLU(), (2,)),
+             Node("r", Reshape((12,)), (3,)), Node("e", Affine(*generic(rng, 2, 12)), (4,))]
+    return build(nodes, (channels, 4, 4), np.float32), 1, plan
+
+
+def residual(rng: np.random.Generator) -> tuple[Network, int, Planted]:
+    plan, channels = draw(rng, False), 2
+    weight, bias = rows(rng, plan, channels * 9)
+    after, offset = generic(rng, channels, plan.units)
+    nodes = [Node("a", Conv2d(weight.reshape(-1, channels, 3, 3), bias, padding=(1, 1, 1, 1)), (INPUT,)),
+             Node("b", ReLU(), (0,)), Node("c", Conv2d(after.reshape(channels, -1, 1, 1), offset), (1,)),
+             Node("s", Add(), (2, INPUT)), Node("d", ReLU(), (3,)), Node("r", Reshape((18,)), (4,)),
+             Node("e", Affine(*generic(rng, 2, 18)), (5,))]
+    return build(nodes, (channels, 3, 3), np.float32), 1, plan
+
+
+FAMILIES = (dense, convolutional, residual)
+
+
+def check(tools, seed: int) -> None:
+    rng = np.random.default_rng([seed, 5])
+    f, layer, plan = FAMILIES[seed % 3](rng)
+    box = uniform(0, 1, f.input_shape)
+    rewrite = compress_network(f, box, tools.verdicts(f, box), max_deviation="rounding")
+    g = rewrite.network
+    left = g.shapes[layer][0] if len(g.relus) == len(f.relus) else 0
+    assert left <= plan.needed, (seed, plan, left)
+    for x in np.concatenate([box.sample(1, rng), box.corners(2, rng)]):
+        assert np.abs(tools.exact(f, x) - tools.exact(g, x)).max() <= Fraction(rewrite.eps), seed
+    assert rewrite.eps <= rewrite.budget
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_everything_planted_is_found(tools, seed):
+    check(tools, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", range(100, 1100, 100))
+def test_everything_planted_is_found_in_a_thousand_networks(tools, start):
+    for seed in range(start, start + 100):
+        check(tools, seed)
