@@ -1,8 +1,9 @@
 """Every planted redundancy is found: dead, doubled and low-rank stably active units, dense, convolutional and residual.
 
-Networks are generic (normal weights, unstable units) but for what is planted, so the number of units that may stay is known:
-the unstable ones that are no copies, and as many linear units as the rank of the stably active ones. A small dose runs
-always, ``-m slow`` runs 1,000 networks.
+Networks are generic (normal weights on a grid, unstable units) but for what is planted, so the number of units that may
+stay is known: the unstable ones that are no copies, and as many linear units as the rank of the stably active ones. A
+small dose runs always, ``-m slow`` runs 1,000 networks; in one of a hundred a low rank may cost more, certified, than
+`rounding` allows.
 """
 
 from __future__ import annotations
@@ -45,25 +46,29 @@ def draw(rng: np.random.Generator, low_rank: bool) -> Planted:
     return Planted(int(rng.integers(2, 5)), int(rng.integers(1, 4)), int(rng.integers(1, 4)), active, rank)
 
 
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Normal numbers rounded to multiples of 1/64, so that sums of a few weights are weights again."""
+    return np.rint(64 * rng.standard_normal(shape)) / 64
+
+
 def rows(rng: np.random.Generator, plan: Planted, inputs: int) -> tuple[np.ndarray, np.ndarray]:
     """Weights (units, inputs) and biases (units,), float32, on inputs in [0, 1]: shuffled."""
-    generic = rng.standard_normal((plan.unstable, inputs))
+    generic = normal(rng, plan.unstable, inputs)
     half = -generic.sum(axis=1) / 2  # 0 lies in the middle of the range
-    dead = rng.standard_normal((plan.dead, inputs))
+    dead = normal(rng, plan.dead, inputs)
     copied = rng.integers(0, plan.unstable, plan.doubled)
     factor = np.exp2(rng.integers(-2, 3, plan.doubled))
     first, second = rng.integers(-8, 9, (plan.active, plan.rank)) / 8, rng.integers(-8, 9, (plan.rank, inputs)) / 8
     active = first @ second  # the rank is exact in float32
-    weight = np.concatenate([generic, dead, np.float32(generic[copied]) * factor[:, None], active]).astype(np.float32)
-    bias = np.concatenate([half, np.full(plan.dead, -1000), np.float32(half[copied]) * factor,
+    weight = np.concatenate([generic, dead, generic[copied] * factor[:, None], active]).astype(np.float32)
+    bias = np.concatenate([half, np.full(plan.dead, -1000), half[copied] * factor,
                            0.5 - np.minimum(active, 0).sum(axis=1)]).astype(np.float32)
     order = rng.permutation(plan.units)
     return weight[order], bias[order]
 
 
 def generic(rng: np.random.Generator, outputs: int, inputs: int) -> tuple[np.ndarray, np.ndarray]:
-    weight = rng.standard_normal((outputs, inputs))
-    return weight.astype(np.float32), rng.standard_normal(outputs).astype(np.float32)
+    return normal(rng, outputs, inputs).astype(np.float32), normal(rng, outputs).astype(np.float32)
 
 
 def dense(rng: np.random.Generator) -> tuple[Network, int, Planted]:
@@ -99,26 +104,33 @@ def residual(rng: np.random.Generator) -> tuple[Network, int, Planted]:
 FAMILIES = (dense, convolutional, residual)
 
 
-def check(tools, seed: int) -> None:
+def units_left(f: Network, g: Network, layer: int) -> int:
+    return g.shapes[layer][0] if len(g.relus) == len(f.relus) else 0
+
+
+def check(tools, seed: int) -> bool:
+    """The claim holds in rationals; whether everything planted was found, or else why not: it costs more than `rounding`."""
     rng = np.random.default_rng([seed, 5])
     f, layer, plan = FAMILIES[seed % 3](rng)
     box = uniform(0, 1, f.input_shape)
-    rewrite = compress_network(f, box, tools.verdicts(f, box), max_deviation="rounding")
-    g = rewrite.network
-    left = g.shapes[layer][0] if len(g.relus) == len(f.relus) else 0
-    assert left <= plan.needed, (seed, plan, left)
+    verdicts = tools.verdicts(f, box)
+    rewrite = compress_network(f, box, verdicts, max_deviation="rounding")
     for x in np.concatenate([box.sample(1, rng), box.corners(2, rng)]):
-        assert np.abs(tools.exact(f, x) - tools.exact(g, x)).max() <= Fraction(rewrite.eps), seed
+        assert np.abs(tools.exact(f, x) - tools.exact(rewrite.network, x)).max() <= Fraction(rewrite.eps), seed
     assert rewrite.eps <= rewrite.budget
+    if units_left(f, rewrite.network, layer) <= plan.needed:
+        return True
+    more = compress_network(f, box, verdicts, max_deviation=1000 * rewrite.budget)
+    assert units_left(f, more.network, layer) <= plan.needed and more.eps > rewrite.budget, (seed, plan)
+    return False
 
 
 @pytest.mark.parametrize("seed", range(9))
 def test_everything_planted_is_found(tools, seed):
-    check(tools, seed)
+    assert check(tools, seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", range(100, 1100, 100))
 def test_everything_planted_is_found_in_a_thousand_networks(tools, start):
-    for seed in range(start, start + 100):
-        check(tools, seed)
+    assert sum(not check(tools, seed) for seed in range(start, start + 100)) <= 1
