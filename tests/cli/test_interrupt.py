@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 SLOW = """
-import sys, time, types
+import signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 pipeline = types.ModuleType("exactprune.pipeline")
 def verify(network, domain, options, *, data, progress, checkpoint):
     progress.stage("slow", 10)
