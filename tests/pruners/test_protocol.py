@@ -94,7 +94,8 @@ def test_every_method_is_known_without_any_other_import():
     """Also the one that lives above the package, in a fresh interpreter and without installed metadata."""
     code = ("import importlib.metadata as m; m.entry_points = lambda **_: ();"
             "import exactprune.pruners as p; assert 'scaling-up' in p.names();"
-            "import torch; from torch import nn; torch.manual_seed(0); net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)); net[0].bias.data[0] = -9;"
+            "import torch; from torch import nn; torch.manual_seed(0);"
+            "net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)); net[0].bias.data[0] = -9;"
             "assert int((~p.mask('scaling_up', net)['0.weight']).sum()) == 2")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
