@@ -58,7 +58,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "pruners":
-        import_module("exactprune.pruning")  # registers the methods that live above the package ``pruners``
         return import_module("exactprune.pruners")
     if name not in _HOME:
         raise AttributeError(f"module 'exactprune' has no attribute {name!r}")
