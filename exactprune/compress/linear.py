@@ -24,23 +24,25 @@ from exactprune.compress.apply import State, finish
 from exactprune.compress.block import Block, Units, deviation
 from exactprune.compress.deviation import inflated, propagate_all, propagate_many
 from exactprune.compress.enclosure import Interval, enclosures
-from exactprune.compress.rules.fold import folded
+from exactprune.compress.rules.fold import exactly, foldable, folded, unpadded, without
 from exactprune.compress.rules.merge import mergers
 from exactprune.compress.rules.opposite import Opposites, opposites
 from exactprune.compress.rules.relax import Lines, lines_of
 from exactprune.compress.surroundings import (
     Surroundings,
     all_rows,
+    constants,
     make_block,
     outputs_of,
     owners,
     replaced,
     rewritten,
+    sources,
     surroundings,
 )
 from exactprune.domain import Box
 from exactprune.network import Network, Node
-from exactprune.ops import Affine, Reshape
+from exactprune.ops import ReLU, Reshape
 
 _SHARES = (0.4, 0.8)  # of the budget, that relaxed channels may use
 _GAINS = 4096  # widest layer whose gains are worth computing
@@ -51,7 +53,7 @@ class Candidate:
     """One way to rewrite one layer.
 
     Attributes:
-        layer: number of the ReLU layer in the current network.
+        layer: number of the ReLU layer in the current network; -1 for a layer that has no ReLU.
         rule: ``merge`` or ``fold``.
         units: the units that take the place of ``channels``.
         channels: the channels that go.
@@ -136,17 +138,17 @@ def _carry_out(state: State, domain: Box, chosen: Sequence[Candidate], budget: f
     for index, wanted in enumerate(order):
         spent = sum(a.eps for a in applied) + sum(c.eps for c in order[index + 1:])
         fresh = _offers(state, domain, wanted.layer, budget - spent) if applied else offers[wanted.layer]
-        best = _best([c for c in fresh if c.eps <= budget - spent])
+        best = best_of([c for c in fresh if c.eps <= budget - spent])
         where = surroundings(state.network, state.network.relus[wanted.layer])
         if best is None or where is None:
             continue
         moved = propagate_all(state.network, outputs_of(state.network, where, best.error[None]))
         applied.append(Applied(best, moved[state.network.output][0]))
-        state = _replace(widened(state, moved), where, best)
+        state = carried_out(state, where, best, moved)
     return state, applied
 
 
-def _best(candidates: Sequence[Candidate]) -> Candidate | None:
+def best_of(candidates: Sequence[Candidate]) -> Candidate | None:
     """The most parameters saved, then the smallest deviation."""
     return max(candidates, key=lambda c: (c.saved, -c.eps), default=None)
 
@@ -215,25 +217,27 @@ def _places(state: State, domain: Box, layer: int, budget: float) -> list[Place]
     where = surroundings(network, network.relus[layer])
     if where is None:
         return []
-    at = enclosures(network, domain, state.verdicts)[network.nodes[where.feeder].inputs[0]]
-    if not (np.isfinite(at[0]).all() and np.isfinite(at[1]).all()):
+    known = enclosures(network, domain, state.verdicts)
+    at = [known[source] for source in sources(network, where)]
+    if not all(np.isfinite(ends).all() for interval in at for ends in interval):
         return []
     gain, active = gains(network, where), _active_channels(verdict)
     sets = [active_lines(active), *_relaxed_sets(network, where, verdict, gain, active, budget)]
-    found = [_place(network, layer, where, at, gain, lines, active.size) for lines in sets if lines.channels.size]
+    found = [place_of(network, layer, where, at, gain, lines, active.size) for lines in sets if lines.channels.size]
     pairs = _opposites(network, where, at, gain, verdict, active, budget)
     if pairs.gone.size:
         lines = active_lines(np.concatenate([active, pairs.gone]))
-        place = _place(network, layer, where, at, gain, lines, active.size)
+        place = place_of(network, layer, where, at, gain, lines, active.size)
         found.append(replace(place, columns=pairs.columns, taken=pairs.error))
     return found
 
 
-def _opposites(network: Network, where: Surroundings, at: Interval, gain: np.ndarray | None, verdict: LayerVerdict,
+def _opposites(network: Network, where: Surroundings, at: Sequence[Interval], gain: np.ndarray | None, verdict: LayerVerdict,
                active: np.ndarray, budget: float) -> Opposites:
     everything = make_block(network, where, np.arange(verdict.shape[0]), at, gain, linear=False)
     spared = (verdict.status == Status.UNKNOWN).reshape(verdict.shape[0], -1).any(axis=1)
     spared[active] = True
+    spared |= constants(network, where)[1] > 0
     reach = np.maximum(verdict.upper, 0.0).reshape(verdict.shape[0], -1).max(axis=1)
     return opposites(everything, budget, spared, reach)
 
@@ -260,13 +264,15 @@ def _joined(a: Lines, b: Lines) -> Lines:
     return Lines(*(np.concatenate([getattr(a, f.name), getattr(b, f.name)]) for f in fields(Lines)))
 
 
-def _place(network: Network, layer: int, where: Surroundings, at: Interval, gain: np.ndarray | None, lines: Lines,
-           active: int) -> Place:
-    linear = lines.channels.size == network.shapes[where.relu][0]
+def place_of(network: Network, layer: int, where: Surroundings, at: Sequence[Interval], gain: np.ndarray | None, lines: Lines,
+             active: int) -> Place:
+    """A layer with its lines as a block; the first ``active`` of them are stably active channels."""
+    linear = lines.channels.size == network.shapes[where.hub][0]
     given = (lines.slope, lines.shift) if lines.channels.size > active else None
     block = make_block(network, where, lines.channels, at, gain, linear, given)
     size = np.abs(block.w_in) @ np.maximum(np.abs(block.lower), np.abs(block.upper)) + np.abs(block.b_in)
     rounding = np.where(lines.gap > 0, 2.0**-50 * (size + np.abs(lines.shift) + lines.gap), 0.0)
+    rounding = rounding + constants(network, where)[1][lines.channels] * np.maximum(np.abs(lines.slope), 1.0)
     return Place(network, layer, where, lines, lines.channels[active:], block, lines.gap + rounding)
 
 
@@ -274,10 +280,14 @@ def _offers(state: State, domain: Box, layer: int, budget: float) -> list[Candid
     """Candidates of one layer within the budget."""
     found = []
     for place in _places(state, domain, layer, budget):
-        found += _merges(place, budget)
-        if place.block.linear and _can_fold(place.network, place.where):
-            found.append(_candidate(place, "fold", folded(place.block)))
-    return [c for c in found if c.saved > 0 and c.eps <= budget]
+        found += offers_of(place, budget)
+    return found
+
+
+def offers_of(place: Place, budget: float) -> list[Candidate]:
+    """Candidates of one place within the budget."""
+    merges = _merges(place, budget) if budget > 0 else []
+    return [c for c in (*merges, *_folds(place)) if c.saved > 0 and c.eps <= budget]
 
 
 def _active_channels(verdict: LayerVerdict) -> np.ndarray:
@@ -285,9 +295,18 @@ def _active_channels(verdict: LayerVerdict) -> np.ndarray:
     return np.flatnonzero((verdict.status == Status.ACTIVE).reshape(verdict.shape[0], -1).all(axis=1))
 
 
-def _can_fold(network: Network, where: Surroundings) -> bool:
-    plain = (isinstance(network.nodes[p].op, Affine) for p in (where.feeder, *(r.position for r in where.readers)))
-    return all(plain) and not where.between
+def _folds(place: Place) -> list[Candidate]:
+    if not (place.block.linear and foldable(place.network, place.where) and _fold_saves(place) > 0):
+        return []
+    block = unpadded(place.block)
+    return [] if block is None else [_candidate(replace(place, block=block), "fold", folded(block))]
+
+
+def _fold_saves(place: Place) -> int:
+    """Parameters that a fold would save."""
+    (gone, columns), rows = place.block.w_in.shape, len(place.block.w_out)
+    feeders, outputs = len(place.where.feeders), len(place.block.b_out)
+    return gone * (columns + feeders + rows) - rows * columns - (feeders - 1) * outputs
 
 
 def gains(network: Network, where: Surroundings) -> np.ndarray | None:
@@ -315,11 +334,11 @@ def _merges(place: Place, budget: float) -> list[Candidate]:
 def _candidate(place: Place, rule: str, units: Units) -> Candidate:
     block = place.block
     gaps = np.abs(block.w_out.astype(np.float64)) @ place.gap + place.taken
-    error = inflated(deviation(block, units) + inflated(block.summed(gaps), len(place.gap) + len(gaps)), 2)
+    changed = np.zeros(len(block.b_out)) if rule == "fold" and exactly(block, units) else deviation(block, units)
+    error = inflated(changed + inflated(block.summed(gaps), len(place.gap) + len(gaps)), 2)
     eps = float(_at_output(place.network, place.where, error[None]).max()) if np.isfinite(error).all() else np.inf
-    gone, rows, columns = len(block.w_in), len(block.w_out), block.w_in.shape[1]
-    new = rows * columns if rule == "fold" else len(units.v) * (columns + 1 + rows)
-    saved = gone * (columns + 1 + rows) - new
+    gone, rows, columns = len(block.w_in), len(block.w_out), block.w_in.shape[1] + len(place.where.feeders)
+    saved = _fold_saves(place) if rule == "fold" else (gone - len(units.v)) * (columns + rows)
     slopes = place.lines.slope[gone - len(place.relaxed):]
     return Candidate(place.layer, rule, units, place.lines.channels, place.relaxed, saved, error, eps, place.columns, slopes)
 
@@ -327,18 +346,19 @@ def _candidate(place: Place, rule: str, units: Units) -> Candidate:
 # -- rewriting ------------------------------------------------------------------------------------------------------
 
 
-def _replace(state: State, where: Surroundings, candidate: Candidate) -> State:
-    """The network with one candidate carried out."""
+def carried_out(state: State, where: Surroundings, candidate: Candidate, moved: Mapping[int, np.ndarray]) -> State:
+    """The network with one candidate carried out; ``moved`` as in ``widened``."""
+    state = widened(state, moved)
     units, network = candidate.units, state.network
     if candidate.rule == "fold":
-        return _fold(state, where, units)
-    kept = np.setdiff1d(np.arange(network.shapes[where.relu][0]), candidate.channels)
+        return _finished(state, where, *without(network, where, units))
+    kept = np.setdiff1d(np.arange(network.shapes[where.hub][0]), candidate.channels)
     rows = all_rows(network, where)
     for channel, column in candidate.columns.items():
         rows[:, channel] = column
     nodes = replaced(network.nodes, rewritten(network, where, kept, units, rows[:, kept]))
     if not kept.size:
-        return _without_relu(state, where, nodes)
+        return _without_relu(state, where, units, nodes)
     grown = _grown(state, candidate.layer, kept, units)
     layers = {relu: k for k, relu in enumerate(network.relus)}
     everything = {k: (0, np.arange(s[0])) for k, s in enumerate(v.shape for v in grown.verdicts)}
@@ -365,26 +385,17 @@ def _grown(state: State, layer: int, kept: np.ndarray, units: Units) -> State:
                  tuple(grown if i == layer else o for i, o in enumerate(state.origin)))
 
 
-def _without_relu(state: State, where: Surroundings, nodes: list[Node]) -> State:
+def _without_relu(state: State, where: Surroundings, units: Units, nodes: list[Node]) -> State:
     """All channels were linear: the ReLU goes."""
-    shape = nodes[where.feeder].op.output_shape(state.network.shape_of(nodes[where.feeder].inputs[0]))
-    nodes[where.relu] = Node(nodes[where.relu].name, Reshape(shape), nodes[where.relu].inputs)
-    return _finished(state, where, nodes)
+    relu = nodes[where.hub]
+    if isinstance(relu.op, ReLU):
+        shape = (len(units.v), *state.network.shapes[where.hub][1:])
+        nodes[where.hub] = Node(relu.name, Reshape(shape), relu.inputs)
+    return _finished(state, where, nodes, {i: i for i in range(len(nodes))})
 
 
-def _fold(state: State, where: Surroundings, units: Units) -> State:
-    """The readers read what the feeder read."""
-    nodes, start = list(state.network.nodes), 0
-    for reader in where.readers:
-        node, count = nodes[reader.position], state.network.shapes[reader.position][0]
-        op = Affine(units.v[start:start + count], units.d[start:start + count])
-        nodes[reader.position] = Node(node.name, op, nodes[where.feeder].inputs)
-        start += count
-    return _finished(state, where, nodes)
-
-
-def _finished(state: State, where: Surroundings, nodes: Sequence[Node]) -> State:
+def _finished(state: State, where: Surroundings, nodes: Sequence[Node], place: Mapping[int, int]) -> State:
     """Tidy up; the layer is no layer any more, all others stay as they are."""
-    layers = {relu: k for k, relu in enumerate(state.network.relus) if relu != where.relu}
+    layers = {place[relu]: k for k, relu in enumerate(state.network.relus) if relu != where.hub}
     everything = {k: (0, np.arange(v.shape[0])) for k, v in enumerate(state.verdicts)}
-    return finish(state, nodes, state.network.output, layers, everything)
+    return finish(state, nodes, place[state.network.output], layers, everything)

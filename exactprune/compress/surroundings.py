@@ -1,24 +1,31 @@
-"""Where a ReLU layer can be rewritten as a block: the mixer that feeds it and the mixers that read it.
+"""Where a layer can be rewritten as a block: the mixers that feed it and the mixers that read it.
 
-A layer qualifies when one Affine or ungrouped Conv2d feeds it and nothing else, and every path from it leads through
-operators that treat all channels alike and linearly (Reshape to a flat vector, Transpose, average pools, zero padding)
-to an Affine or an ungrouped Conv2d. Then channels may be replaced by other channels, as many as one likes, and the
-readers' weights follow. Where zeros are padded in on the way, a constant cannot go into a bias: it needs a channel of
-its own (``Surroundings.padded``). Max pools are let through only for rewrites that multiply channels by positive
-numbers.
+A layer is a ReLU, or a tensor that mixers read with no ReLU before (``linear_hubs``). It qualifies when it is fed by one
+Affine or ungrouped Conv2d, or by a sum of such mixers (a residual block with a projection shortcut), none of which
+anything else reads, and every path from it leads through operators that treat all channels alike and linearly (Reshape to
+a flat vector, Transpose, average pools, zero padding) to an Affine or an ungrouped Conv2d. Then channels may be replaced by
+other channels, as many as one likes, and the mixers on both sides follow. A sum of mixers is one mixer of what they
+read, side by side: W_1 x_1 + W_2 x_2 = [W_1 | W_2] (x_1, x_2).
+
+Where zeros are padded in on the way, a constant cannot go into a bias: it needs a channel of its own
+(``Surroundings.padded``). Max pools are let through only for rewrites that multiply channels by positive numbers: the
+maximum commutes with nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 
 from exactprune.compress.block import Block, Units
+from exactprune.compress.deviation import UNIT, inflated
 from exactprune.compress.enclosure import Interval
+from exactprune.compress.exact import exact_sum
 from exactprune.network import INPUT, Network, Node
-from exactprune.ops import Affine, AvgPool2d, Conv2d, MaxPool2d, Op, Pad, Reshape, Shape, Transpose
+from exactprune.ops import Add, Affine, AvgPool2d, Conv2d, MaxPool2d, Op, Pad, ReLU, Reshape, Shape, Transpose
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,36 +43,68 @@ class Reader:
 
 @dataclass(frozen=True, eq=False)
 class Surroundings:
-    """A ReLU layer with what feeds and reads it.
+    """A layer with what feeds and reads it.
 
     Attributes:
-        relu: position of the ReLU; feeder: of the mixer before it.
-        between: positions of the operators between the ReLU and its readers, in order.
+        hub: position of the tensor that is read: a ReLU, or the sum of the feeders where there is none.
+        feeders: the mixers whose sum enters it, in order.
+        between: positions of the operators between the hub and its readers, in order.
         readers: the mixers that read it.
         padded: zeros are padded in before or in some reader.
     """
 
-    relu: int
-    feeder: int
+    hub: int
+    feeders: tuple[int, ...]
     between: tuple[int, ...]
     readers: tuple[Reader, ...]
     padded: bool
 
 
-def surroundings(network: Network, relu: int, *, homogeneous: bool = False) -> Surroundings | None:
+def surroundings(network: Network, hub: int, *, homogeneous: bool = False) -> Surroundings | None:
     """The layer's surroundings, or None where it does not qualify.
 
     Args:
         network: the network.
-        relu: position of the layer.
+        hub: position of a ReLU, or of a mixer or sum that is to be taken as a layer without one.
         homogeneous: channels will only be multiplied by positive numbers, so max pools do no harm.
     """
-    feeder = network.nodes[relu].inputs[0]
-    if feeder == INPUT or relu == network.output or network.readers[feeder] != (relu,):
+    node = network.nodes[hub]
+    feeders = _summands(network, node.inputs[0], hub) if isinstance(node.op, ReLU) else _summands(network, hub, None)
+    found = _readers(network, hub, homogeneous) if feeders and hub != network.output else None
+    if found is None:
         return None
-    labels = {relu: _channels(network.shapes[relu])}
+    readers, between = found
+    padded = any(_pads(network.nodes[p].op) for p in (*between, *(r.position for r in readers)))
+    return Surroundings(hub, feeders, between, readers, padded)
+
+
+def linear_hubs(network: Network) -> list[int]:
+    """Positions of mixers and of sums of mixers that only mixers read, with no ReLU between."""
+    return [position for position, node in enumerate(network.nodes) if _mixes(node.op) or isinstance(node.op, Add)
+            if surroundings(network, position) is not None]
+
+
+def sources(network: Network, where: Surroundings) -> list[int]:
+    """Positions of the tensors that the feeders read."""
+    return [network.nodes[f].inputs[0] for f in where.feeders]
+
+
+def _summands(network: Network, top: int, reader: int | None) -> tuple[int, ...]:
+    """The mixers that a tensor is the sum of, read by nothing but ``reader`` on the way; none where that is not so."""
+    if top == INPUT or (reader is not None and network.readers[top] != (reader,)):
+        return ()
+    node = network.nodes[top]
+    if _mixes(node.op):
+        return (top,)
+    parts = [_summands(network, i, top) for i in node.inputs] if isinstance(node.op, Add) else []
+    return tuple(sorted(p for part in parts for p in part)) if parts and all(parts) else ()
+
+
+def _readers(network: Network, hub: int, homogeneous: bool) -> tuple[tuple[Reader, ...], tuple[int, ...]] | None:
+    """The mixers that read a tensor, and the operators on the way; None where something else does."""
+    labels = {hub: _channels(network.shapes[hub])}
     readers, between = [], []
-    for position in range(relu + 1, len(network.nodes)):
+    for position in range(hub + 1, len(network.nodes)):
         node = network.nodes[position]
         found = [labels[i] for i in node.inputs if i in labels]
         if not found:
@@ -78,9 +117,8 @@ def surroundings(network: Network, relu: int, *, homogeneous: bool = False) -> S
         else:
             labels[position] = label
             between.append(position)
-    fits = _mixes(network.nodes[feeder].op) and all(len(set(np.bincount(r.channel))) == 1 for r in readers)
-    padded = any(_pads(network.nodes[p].op) for p in (*between, *(r.position for r in readers)))
-    return Surroundings(relu, feeder, tuple(between), tuple(readers), padded) if readers and fits else None
+    fits = readers and all(len(set(np.bincount(r.channel))) == 1 for r in readers)
+    return (tuple(readers), tuple(between)) if fits else None
 
 
 def _mixes(op: Op) -> bool:
@@ -112,7 +150,7 @@ def _relabelled(op: Op, labels: np.ndarray, homogeneous: bool) -> np.ndarray | N
     return np.broadcast_to(labels[:, :1, :1], op.output_shape(labels.shape))
 
 
-def make_block(network: Network, where: Surroundings, channels: np.ndarray, at: Interval, gain: np.ndarray | None,
+def make_block(network: Network, where: Surroundings, channels: np.ndarray, at: Sequence[Interval], gain: np.ndarray | None,
                linear: bool, lines: tuple[np.ndarray, np.ndarray] | None = None) -> Block:
     """The block of some channels of a layer.
 
@@ -120,22 +158,38 @@ def make_block(network: Network, where: Surroundings, channels: np.ndarray, at: 
         network: the network.
         where: the layer.
         channels: which channels are linear on the domain.
-        at: enclosure of the tensor that the feeder reads.
+        at: enclosures of the tensors that the feeders read, one a feeder.
         gain: weight of each output of the readers, all readers in one; ones by default.
-        linear: whether the ReLU goes (all channels are linear).
+        linear: whether no ReLU stays (all channels are linear).
         lines: (slope, shift) per channel: each is taken as slope * z + shift, rounded to float64; z by default.
     """
-    feeder = mixer(network, where.feeder)
     biases = [mixer(network, r.position).bias for r in where.readers]
-    lower, upper = _window_bounds(feeder, at)
+    bounds = [_window_bounds(mixer(network, f), interval) for f, interval in zip(where.feeders, at, strict=True)]
+    lower, upper = (np.concatenate(ends) for ends in zip(*bounds, strict=True))
     w_out = all_rows(network, where)[:, channels]
-    w_in, b_in = feeder.weight.reshape(len(feeder.bias), -1)[channels], feeder.bias[channels]
+    w_in, b_in = incoming(network, where)[channels], constants(network, where)[0][channels]
     if lines is not None:
         slope, shift = lines
         w_in, b_in = w_in.astype(np.float64) * slope[:, None], b_in.astype(np.float64) * slope + shift
     return Block(w_in, b_in, w_out,
                  np.concatenate(owners(network, where)), np.concatenate(biases), lower, upper,
                  np.ones(sum(map(len, biases))) if gain is None else gain, network.dtype, linear, where.padded)
+
+
+def incoming(network: Network, where: Surroundings) -> np.ndarray:
+    """The feeders' weights side by side, one row a channel: (channels, n)."""
+    parts = [mixer(network, f) for f in where.feeders]
+    return np.concatenate([op.weight.reshape(len(op.bias), -1) for op in parts], axis=1)
+
+
+def constants(network: Network, where: Surroundings) -> tuple[np.ndarray, np.ndarray]:
+    """The sum of the feeders' biases (channels,), and a bound on what rounding it to float64 changes: 0 where it does not."""
+    total, *rest = (mixer(network, f).bias for f in where.feeders)
+    error = np.zeros(len(total))
+    for bias in rest:
+        total, exact = exact_sum(total.astype(np.float64), bias.astype(np.float64))
+        error = error + np.where(exact, 0.0, inflated(UNIT * np.abs(total), 2))
+    return total, inflated(error, len(rest))
 
 
 def mixer(network: Network, position: int) -> Affine | Conv2d:
@@ -197,11 +251,12 @@ def rewritten(network: Network, where: Surroundings, kept: np.ndarray, new: Unit
         new: the units that replace all other channels.
         w_out: new weights of the readers for the kept channels, (q, kept), as in ``Block``; the old ones by default.
     """
-    feeder = mixer(network, where.feeder)
-    weight = np.concatenate([feeder.weight[kept], new.v.reshape(-1, *feeder.weight.shape[1:])])
-    bias = np.concatenate([feeder.bias[kept], new.c])
-    found: dict[int, Op] = {where.feeder: replace(feeder, weight=weight, bias=bias)}
-    labels = _moved_labels(network, where, len(weight), found)
+    found: dict[int, Op] = {}
+    for feeder, v in zip(where.feeders, columns_of(network, where, new.v), strict=True):
+        op = mixer(network, feeder)
+        bias = np.concatenate([op.bias[kept], np.zeros_like(new.c) if found else new.c])
+        found[feeder] = replace(op, weight=np.concatenate([op.weight[kept], v]), bias=bias)
+    labels = _moved_labels(network, where, len(kept) + len(new.v), found)
     start, old = 0, all_rows(network, where)[:, kept] if w_out is None else w_out
     for reader, rows in zip(where.readers, _split(network, where, np.concatenate([old, new.u], axis=1)), strict=True):
         op, source = network.nodes[reader.position].op, network.nodes[reader.position].inputs[0]
@@ -212,9 +267,16 @@ def rewritten(network: Network, where: Surroundings, kept: np.ndarray, new: Unit
     return found
 
 
+def columns_of(network: Network, where: Surroundings, v: np.ndarray) -> list[np.ndarray]:
+    """Rows (r, n) over everything that the feeders read, as weights of each feeder."""
+    shapes = [mixer(network, f).weight.shape[1:] for f in where.feeders]
+    parts = np.split(v, np.cumsum([prod(shape) for shape in shapes])[:-1], axis=1)
+    return [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
 def _moved_labels(network: Network, where: Surroundings, count: int, found: dict[int, Op]) -> dict[int, np.ndarray]:
     """Channel of every element of the tensors after the layer, once it has ``count`` channels; reshapes are adapted."""
-    labels = {where.relu: _channels((count, *network.shapes[where.relu][1:]))}
+    labels = {where.hub: _channels((count, *network.shapes[where.hub][1:]))}
     for position in where.between:
         op, given = network.nodes[position].op, labels[network.nodes[position].inputs[0]]
         if isinstance(op, Reshape):

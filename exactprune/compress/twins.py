@@ -14,10 +14,19 @@ from exactprune.compress.deviation import propagate_all
 from exactprune.compress.enclosure import enclosures
 from exactprune.compress.linear import gains, widened
 from exactprune.compress.rules.duplicate import Twin, absorbed, taken_over, twins
-from exactprune.compress.surroundings import Surroundings, make_block, outputs_of, replaced, rewritten, surroundings
+from exactprune.compress.surroundings import (
+    Surroundings,
+    constants,
+    incoming,
+    make_block,
+    outputs_of,
+    replaced,
+    rewritten,
+    sources,
+    surroundings,
+)
 from exactprune.domain import Box
 from exactprune.network import Network
-from exactprune.ops import Affine, Conv2d
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,14 +57,16 @@ def _absorb(state: State, domain: Box, layer: int, budget: float) -> tuple[State
     where = surroundings(network, network.relus[layer], homogeneous=True)
     if where is None or len(verdict.shape) not in (1, 3):
         return state, None
-    at = enclosures(network, domain, state.verdicts)[network.nodes[where.feeder].inputs[0]]
+    known = enclosures(network, domain, state.verdicts)
+    at = [known[source] for source in sources(network, where)]
     block = make_block(network, where, np.arange(verdict.shape[0]), at, gains(network, where), linear=False)
     if not (np.isfinite(block.lower).all() and np.isfinite(block.upper).all()):
         return state, None
     reach = np.maximum(verdict.upper, 0.0).reshape(verdict.shape[0], -1).max(axis=1)
-    merges = budget > 0 and surroundings(network, where.relu) is not None
+    merges = budget > 0 and surroundings(network, where.hub) is not None
     active = (verdict.status == Status.ACTIVE).reshape(verdict.shape[0], -1).all(axis=1)
-    found = list(twins(block, budget, active if merges else np.zeros(len(active), bool)))
+    inexact = constants(network, where)[1] > 0
+    found = list(twins(block, budget, inexact | active if merges else inexact))
     chosen = _affordable(block, found, reach, budget)
     best: tuple[State, Absorbed] | None = None
     fits, fails = 0, len(chosen) + 1  # the cheapest ones that fit: their deviation grows with their number
@@ -90,7 +101,7 @@ def _affordable(block: Block, found: list[Twin], reach: np.ndarray, budget: floa
 
 def _without(state: State, where: Surroundings, layer: int, chosen: list[Twin], w_out: np.ndarray) -> State:
     network = state.network
-    kept = np.setdiff1d(np.arange(network.shapes[where.relu][0]), [t.gone for t in chosen])
+    kept = np.setdiff1d(np.arange(network.shapes[where.hub][0]), [t.gone for t in chosen])
     ops = rewritten(network, where, kept, _no_units(network, where, len(w_out)), w_out[:, kept])
     layers = {relu: k for k, relu in enumerate(network.relus)}
     stays = {k: (0, kept if k == layer else np.arange(v.shape[0])) for k, v in enumerate(state.verdicts)}
@@ -99,9 +110,7 @@ def _without(state: State, where: Surroundings, layer: int, chosen: list[Twin], 
 
 def _no_units(network: Network, where: Surroundings, rows: int) -> Units:
     """No new unit, and the readers' biases as they are."""
-    feeder, dtype = network.nodes[where.feeder].op, network.dtype
-    assert isinstance(feeder, Affine | Conv2d)
-    none = np.zeros(0)
+    dtype, none = network.dtype, np.zeros(0)
     biases = np.concatenate([getattr(network.nodes[r.position].op, "bias") for r in where.readers])  # noqa: B009
-    columns = feeder.weight[0].size
+    columns = incoming(network, where).shape[1]
     return Units(np.zeros((0, columns), dtype), np.zeros(0, dtype), np.zeros((rows, 0), dtype), biases, none, none)
