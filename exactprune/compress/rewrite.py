@@ -16,6 +16,7 @@ import numpy as np
 from exactprune.claim import LayerVerdict, Status
 from exactprune.compress.apply import Origin, State, apply
 from exactprune.compress.budget import Budget, budget_of
+from exactprune.compress.collapse import collapse
 from exactprune.compress.joint import BOXES, Joint, applies, joint, sampled
 from exactprune.compress.levels import EXACT, Level, certified, upward
 from exactprune.compress.linear import Applied, shrink_linear
@@ -143,6 +144,9 @@ def _rewritten(network: Network, domain: Box, layers: Sequence[LayerVerdict], bu
         removals, steps = removals + more, steps + further
     state, more, further = shrink(state, linearise=True)
     removals, steps = removals + more, steps + further
+    left = math.nextafter(nominal - sum((step.level for step in steps), EXACT).eps, -math.inf)
+    state, more, further = _collapsed(state, domain, max(left, 0.0))
+    removals, steps = removals + more, steps + further
     level = sum((step.level for step in steps), EXACT)
     return Rewrite(state.network, tuple(removals), tuple(steps), level, state.origin, state.verdicts,
                    unread_inputs(network), budget.eps, budget.reach)
@@ -204,16 +208,32 @@ def _spend(state: State, domain: Box, budget: float) -> tuple[State, list[Remova
     left = budget
     while True:
         after, applied = shrink_linear(state, domain, left)
-        if not applied:
-            return state, removals, steps
         for found in applied:
             removals += _merged_removals(state, found)
             steps.append(_linear_step(state, found))
             left = math.nextafter(left - steps[-1].level.eps, -math.inf)
+        after, more, further = _collapsed(after, domain, max(left, 0.0))
+        if not (applied or further):
+            return state, removals, steps
+        left = math.nextafter(left - sum((step.level for step in further), EXACT).eps, -math.inf)
+        removals, steps = removals + more, steps + further
         state, more, further = shrink(after)
         removals, steps = removals + more, steps + further
         if left < _WORTH_ANOTHER * budget:
             return state, removals, steps
+
+
+def _collapsed(state: State, domain: Box, budget: float) -> tuple[State, list[Removal], list[Step]]:
+    """Mixers with no ReLU between become one, or fewer parameters, then exact rules again."""
+    after, done = collapse(state, domain, budget)
+    if not done:
+        return state, [], []
+    steps = [Step(a.candidate.rule, f"{len(a.candidate.channels)} channels with no ReLU between two affine maps became "
+                  f"{0 if a.candidate.rule == 'fold' else len(a.candidate.units.v)}, output deviation at most {upward(a.eps)}",
+                  {"new_units": 0 if a.candidate.rule == "fold" else len(a.candidate.units.v),
+                   "deviation": [float(d) for d in a.deviation.ravel()]}, certified(a.eps)) for a in done]
+    after, more, further = shrink(after)
+    return after, more, steps + further
 
 
 def _merged_removals(state: State, found: Applied) -> list[Removal]:

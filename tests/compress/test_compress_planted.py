@@ -51,18 +51,18 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return np.rint(64 * rng.standard_normal(shape)) / 64
 
 
-def rows(rng: np.random.Generator, plan: Planted, inputs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (units, inputs) and biases (units,), float32, on inputs in [0, 1]: shuffled."""
+def rows(rng: np.random.Generator, plan: Planted, inputs: int, high: np.ndarray | float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (units, inputs) and biases (units,), float32, on inputs from 0 to ``high``: shuffled."""
     generic = normal(rng, plan.unstable, inputs)
-    half = -generic.sum(axis=1) / 2  # 0 lies in the middle of the range
+    half = -(generic * high).sum(axis=1) / 2  # 0 lies in the middle of the range
     dead = normal(rng, plan.dead, inputs)
     copied = rng.integers(0, plan.unstable, plan.doubled)
     factor = np.exp2(rng.integers(-2, 3, plan.doubled))
     first, second = rng.integers(-8, 9, (plan.active, plan.rank)) / 8, rng.integers(-8, 9, (plan.rank, inputs)) / 8
     active = first @ second  # the rank is exact in float32
     weight = np.concatenate([generic, dead, generic[copied] * factor[:, None], active]).astype(np.float32)
-    bias = np.concatenate([half, np.full(plan.dead, -1000), half[copied] * factor,
-                           0.5 - np.minimum(active, 0).sum(axis=1)]).astype(np.float32)
+    bias = np.concatenate([half, np.full(plan.dead, -4096), half[copied] * factor,
+                           0.5 - (np.minimum(active, 0) * high).sum(axis=1)]).astype(np.float32)
     order = rng.permutation(plan.units)
     return weight[order], bias[order]
 
@@ -101,7 +101,24 @@ def residual(rng: np.random.Generator) -> tuple[Network, int, Planted]:
     return build(nodes, (channels, 3, 3), np.float32), 1, plan
 
 
-FAMILIES = (dense, convolutional, residual)
+def projection(rng: np.random.Generator) -> tuple[Network, int, Planted]:
+    """A residual block with a projection shortcut: the planted rows read the branch and what it came from, side by side."""
+    plan, channels, inner = draw(rng, True), int(rng.integers(1, 3)), int(rng.integers(2, 4))
+    branch = Conv2d(generic(rng, inner, channels * 9)[0].reshape(inner, channels, 3, 3), generic(rng, 1, inner)[0][0],
+                    (2, 2), (1, 1, 1, 1))
+    most = np.ceil(np.maximum(branch.weight, 0).sum(axis=(1, 2, 3)) + np.maximum(branch.bias, 0))  # of a branch's channel
+    weight, bias = rows(rng, plan, inner + channels, np.append(most, np.ones(channels)))
+    main, short = weight[:, :inner, None, None], weight[:, inner:, None, None]
+    part = np.rint(64 * rng.standard_normal(plan.units)).astype(np.float32) / 64
+    after, offset = generic(rng, 2, plan.units * 4)
+    nodes = [Node("p", Conv2d(short, part, (2, 2)), (INPUT,)), Node("a", branch, (INPUT,)), Node("b", ReLU(), (1,)),
+             Node("c", Conv2d(main, bias - part), (2,)), Node("s", Add(), (3, 0)), Node("d", ReLU(), (4,)),
+             Node("f", Conv2d(after.reshape(2, -1, 2, 2), offset), (5,)), Node("g", ReLU(), (6,)), Node("r", Reshape((2,)), (7,)),
+             Node("e", Affine(*generic(rng, 2, 2)), (8,))]
+    return build(nodes, (channels, 4, 4), np.float32), 5, plan
+
+
+FAMILIES = (dense, convolutional, residual, projection)
 
 
 def units_left(f: Network, g: Network, layer: int) -> int:
@@ -111,7 +128,7 @@ def units_left(f: Network, g: Network, layer: int) -> int:
 def check(tools, seed: int) -> bool:
     """The claim holds in rationals; whether everything planted was found, or else why not: it costs more than `rounding`."""
     rng = np.random.default_rng([seed, 5])
-    f, layer, plan = FAMILIES[seed % 3](rng)
+    f, layer, plan = FAMILIES[seed % len(FAMILIES)](rng)
     box = uniform(0, 1, f.input_shape)
     verdicts = tools.verdicts(f, box)
     rewrite = compress_network(f, box, verdicts, max_deviation="rounding")
