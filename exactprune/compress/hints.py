@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from exactprune.compress.surroundings import mixer, summands
 from exactprune.compress.units import units_of
 from exactprune.deciders.proofs import pack, pack_integers
 from exactprune.network import Network
-from exactprune.ops import Affine, Conv2d, MaxPool2d
+from exactprune.ops import MaxPool2d
 
 if TYPE_CHECKING:
     from exactprune.compress.rewrite import Rewrite
@@ -59,11 +60,10 @@ def _lines(rewrite: Rewrite, layer: int, rule: str) -> dict[int, float]:
 def _opposites(network: Network, position: int, axis: int, units: Sequence[int],
                near: float = 1e-6) -> Iterator[tuple[int, int, float]]:
     """For each of some units, the unit whose weights are a negative multiple of its own, and the factor."""
-    source = network.nodes[position].inputs[0]
-    feeder = network.nodes[source].op if source >= 0 else None
-    if not units or not isinstance(feeder, Affine | Conv2d) or axis:
+    feeders = [mixer(network, f) for f in summands(network, network.nodes[position].inputs[0], position)]
+    if not units or not feeders or axis:
         return
-    weight = feeder.weight.reshape(len(feeder.bias), -1).astype(np.float64)
+    weight = np.concatenate([f.weight.reshape(len(f.bias), -1) for f in feeders], axis=1).astype(np.float64)
     size = np.linalg.norm(weight, axis=1)[:, None]
     unit = np.divide(weight, size, out=np.zeros_like(weight), where=size > 0)
     for gone in units:

@@ -22,6 +22,7 @@ from exactprune.compress.levels import EXACT, Level, certified, upward
 from exactprune.compress.linear import Applied, shrink_linear
 from exactprune.compress.plan import Plan, Removal, plan_exact, removals_of
 from exactprune.compress.reads import unread_inputs
+from exactprune.compress.skips import promising, skips, split, worthwhile
 from exactprune.compress.twins import absorb_twins
 from exactprune.compress.units import units_of
 from exactprune.domain import Box
@@ -124,15 +125,36 @@ def compress_network(network: Network, domain: Box, layers: Sequence[LayerVerdic
     """
     _check(network, domain, layers)
     budget = budget_of(network, domain, max_deviation, data)
-    found = _rewritten(network, domain, layers, budget, budget.eps)
+    found = _with_skips(network, domain, layers, budget)
     if not (budget.eps > 0 and applies(network, domain)):
         return found
     return _tightened(network, domain, layers, _further(network, domain, layers, budget, found))
 
 
-def _rewritten(network: Network, domain: Box, layers: Sequence[LayerVerdict], budget: Budget, nominal: float) -> Rewrite:
-    """Everything that fits ``nominal`` by the sum over the rewrites."""
-    state, removals, steps = shrink(start(network, layers))
+def _with_skips(network: Network, domain: Box, layers: Sequence[LayerVerdict], budget: Budget) -> Rewrite:
+    """Everything within the budget; skips become mixers where that pays, by exact rules alone or by merging."""
+    given, tried = start(network, layers), {}
+
+    def rewritten(chosen: Sequence[int]) -> Rewrite:
+        if tuple(chosen) not in tried:
+            tried[tuple(chosen)] = _rewritten(network, domain, layers, budget, budget.eps, chosen)
+        return tried[tuple(chosen)]
+
+    def size(smaller: Network) -> tuple[int, ...]:
+        return *_size(smaller), smaller.macs
+
+    chosen = worthwhile(range(len(skips(network))), lambda some: size(shrink(split(given, some))[0].network))
+    more = sorted({*chosen, *promising(network, layers)} if budget.eps > 0 else chosen)
+    if more != chosen:
+        chosen = min((chosen, worthwhile(more, lambda some: size(rewritten(some).network))),
+                     key=lambda some: size(rewritten(some).network))
+    return rewritten(chosen)
+
+
+def _rewritten(network: Network, domain: Box, layers: Sequence[LayerVerdict], budget: Budget, nominal: float,
+               chosen: Sequence[int] = ()) -> Rewrite:
+    """Everything that fits ``nominal`` by the sum over the rewrites, with the ``chosen`` skips as mixers."""
+    state, removals, steps = _split(start(network, layers), chosen)
     state, more, further = _twins(state, domain, nominal * _TWINS)
     removals, steps = removals + more, steps + further
     if nominal > 0:
@@ -221,6 +243,14 @@ def _spend(state: State, domain: Box, budget: float) -> tuple[State, list[Remova
         removals, steps = removals + more, steps + further
         if left < _WORTH_ANOTHER * budget:
             return state, removals, steps
+
+
+def _split(state: State, chosen: Sequence[int]) -> tuple[State, list[Removal], list[Step]]:
+    """Skips become mixers, then exact rules."""
+    names = [state.network.nodes[skip.add].name for i, skip in enumerate(skips(state.network)) if i in chosen]
+    after, removals, steps = shrink(split(state, chosen) if names else state)
+    text = f"the skip into {', '.join(names)} is written as a mixer with weights 1, which ties no channels together"
+    return after, removals, [*([Step("skip", text, {"nodes": names})] if names else []), *steps]
 
 
 def _collapsed(state: State, domain: Box, budget: float) -> tuple[State, list[Removal], list[Step]]:

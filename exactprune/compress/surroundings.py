@@ -69,7 +69,7 @@ def surroundings(network: Network, hub: int, *, homogeneous: bool = False) -> Su
         homogeneous: channels will only be multiplied by positive numbers, so max pools do no harm.
     """
     node = network.nodes[hub]
-    feeders = _summands(network, node.inputs[0], hub) if isinstance(node.op, ReLU) else _summands(network, hub, None)
+    feeders = summands(network, node.inputs[0], hub) if isinstance(node.op, ReLU) else summands(network, hub, None)
     found = _readers(network, hub, homogeneous) if feeders and hub != network.output else None
     if found is None:
         return None
@@ -89,14 +89,20 @@ def sources(network: Network, where: Surroundings) -> list[int]:
     return [network.nodes[f].inputs[0] for f in where.feeders]
 
 
-def _summands(network: Network, top: int, reader: int | None) -> tuple[int, ...]:
-    """The mixers that a tensor is the sum of, read by nothing but ``reader`` on the way; none where that is not so."""
+def summands(network: Network, top: int, reader: int | None) -> tuple[int, ...]:
+    """The mixers that a tensor is the sum of, read by nothing but ``reader`` on the way; none where that is not so.
+
+    Args:
+        network: the network.
+        top: position of the tensor.
+        reader: position of the node it is for; None where anything may read the tensor itself.
+    """
     if top == INPUT or (reader is not None and network.readers[top] != (reader,)):
         return ()
     node = network.nodes[top]
     if _mixes(node.op):
         return (top,)
-    parts = [_summands(network, i, top) for i in node.inputs] if isinstance(node.op, Add) else []
+    parts = [summands(network, i, top) for i in node.inputs] if isinstance(node.op, Add) else []
     return tuple(sorted(p for part in parts for p in part)) if parts and all(parts) else ()
 
 

@@ -88,13 +88,13 @@ def test_bounds_that_meet_make_a_constant_and_unknown_never_does(tools):
 
 @pytest.mark.parametrize("status", [Status.UNKNOWN, Status.ACTIVE, Status.UNSTABLE])
 def test_only_inactive_goes(tools, status):
-    """Identical bounds, other verdicts: an active layer keeps its weights and loses its ReLU, the others stay."""
+    """Identical bounds, other verdicts: an active layer folds into the next (whole numbers: nothing rounds), the others stay."""
     weight = np.array([[1, 2, 4], [1, -1, 1], [2, 1, -1], [1, 1, 3]], np.float32)
     network = tools.chain((3,), Affine(weight, np.ones(4, np.float32)), ReLU(),
                           Affine(np.ones((2, 4), np.float32), np.zeros(2, np.float32)))
     layer = LayerVerdict(0, "r", (4,), [status] * 4, [0] * 4, [-1.0] * 4, [-0.5] * 4, {0: "timed out"})
     rewrite = compress_network(network, uniform(0, 1, (3,)), (layer,), max_deviation="exact")
-    assert rewrite.network.parameters == network.parameters
+    assert rewrite.network.parameters == (8 if status == Status.ACTIVE else network.parameters)
     assert (rewrite.network is network) is (status != Status.ACTIVE)
 
 
@@ -231,11 +231,21 @@ def residual(tools, rng, stem, branch, head=None, channels=4):
                   Node("flat", Reshape((channels * 16,)), (6,)), Node("fc", head, (7,))], (2, 4, 4), np.float32)
 
 
-def test_residual_channel_goes_only_when_both_branches_lose_it(tools):
+def test_a_residual_channel_goes_alone_only_where_the_skip_as_a_mixer_pays(tools):
     rng = np.random.default_rng(16)
     branch = (tools.conv(rng, 5, 4), tools.conv(rng, 4, 5))
-    one = check(tools, residual(tools, rng, tools.killed(tools.conv(rng, 4, 2), 1), branch))
-    assert (0, 1) not in units(one)                       # the other branch still writes channel 1
+    f = residual(tools, rng, tools.killed(tools.conv(rng, 4, 2), 1), branch)
+    one = check(tools, f)                                 # the other branch still writes channel 1
+    saved, cost = 2 * 9 + 1 + 5 * 9, 4 * 3 + 4            # a row of the stem, a column of the branch; the mixer
+    assert (0, 1) in units(one) and one.network.parameters == f.parameters - saved + cost
+    small = (tools.conv(rng, 1, 4, k=1, padding=0), tools.conv(rng, 4, 1))
+    two = check(tools, residual(tools, rng, tools.killed(tools.conv(rng, 4, 2, k=1, padding=0), 1), small))
+    assert (0, 1) not in units(two)                       # 2 + 1 and 1 parameters would go, 4 * 3 + 4 come
+
+
+def test_a_residual_channel_goes_when_both_branches_lose_it(tools):
+    rng = np.random.default_rng(16)
+    branch = (tools.conv(rng, 5, 4), tools.conv(rng, 4, 5))
     both = (branch[0], tools.constant(branch[1], 1, 0.0))
     two = check(tools, residual(tools, rng, tools.killed(tools.conv(rng, 4, 2), 1), both))
     assert {(0, 1), (2, 1)} <= units(two)
