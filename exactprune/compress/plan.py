@@ -31,8 +31,8 @@ class Removal:
     Attributes:
         layer: number of the ReLU layer in the original network.
         index: unit in that layer: the flat index of a neuron, or the channel of a convolutional layer.
-        rule: ``inactive``, ``constant``, ``zero``, ``unread``, ``linear``, ``duplicate``, ``merge``, ``fold``, ``relax`` or
-            ``opposite``.
+        rule: ``inactive``, ``constant``, ``zero``, ``unread``, ``linear``, ``duplicate``, ``dependence``, ``merge``, ``fold``,
+            ``relax`` or ``opposite``.
         level: what is claimed about it.
         neurons: how many ReLU neurons go with it (1, or height * width of a channel).
     """

@@ -17,6 +17,7 @@ from exactprune.claim import LayerVerdict, Status
 from exactprune.compress.apply import Origin, State, apply
 from exactprune.compress.budget import Budget, budget_of
 from exactprune.compress.collapse import collapse
+from exactprune.compress.dependents import remove_dependents
 from exactprune.compress.joint import BOXES, Joint, applies, joint, sampled
 from exactprune.compress.levels import EXACT, Level, certified, upward
 from exactprune.compress.linear import Applied, shrink_linear
@@ -157,6 +158,8 @@ def _rewritten(network: Network, domain: Box, layers: Sequence[LayerVerdict], bu
     state, removals, steps = _split(start(network, layers), chosen)
     state, more, further = _twins(state, domain, nominal * _TWINS)
     removals, steps = removals + more, steps + further
+    state, more, further = _dependents(state)
+    removals, steps = removals + more, steps + further
     if nominal > 0:
         spent = sum((step.level for step in steps), EXACT).eps
         state, more, further = _spend(state, domain, nominal - spent)
@@ -204,6 +207,24 @@ def _with(rewrite: Rewrite, proved: Joint) -> Rewrite:
     step = Step("joint", text, {"boxes": proved.leaves, "eps": proved.eps}, certified(proved.eps))
     before = tuple(s for s in rewrite.steps if s.rule != "joint")
     return replace(rewrite, level=certified(proved.eps), boxes=proved, steps=(*before, step))
+
+
+def _dependents(state: State) -> tuple[State, list[Removal], list[Step]]:
+    """Linear neurons that are exact combinations of others go, then exact rules again."""
+    after, done = remove_dependents(state)
+    if not done:
+        return state, [], []
+    removals, steps = [], []
+    for found in done:
+        layer, origin = state.origin[found.layer] if found.layer >= 0 else (-1, np.full(max(found.channels) + 1, -1))
+        units = [int(origin[c]) for c in found.channels]
+        size = prod(state.verdicts[found.layer].shape[1:]) if found.layer >= 0 else 0
+        removals += [Removal(layer, unit, "dependence", EXACT, size) for unit in units if unit >= 0]
+        where = f"layer {layer}" if layer >= 0 else "an affine map with no ReLU behind"
+        text = f"{where}: {len(units)} neurons or channels are exact linear combinations of others, which took them over"
+        steps.append(Step("dependence", text, {"layer": layer, "units": units}))
+    after, more, further = shrink(after)
+    return after, removals + more, steps + further
 
 
 def _twins(state: State, domain: Box, budget: float) -> tuple[State, list[Removal], list[Step]]:

@@ -34,6 +34,7 @@ RULES = {
     "unread": "nothing that reaches an output reads it with a non-zero weight",
     "linear": "its layer's neurons are on for every input of the domain, so their ReLU does nothing and went",
     "duplicate": "it is a positive multiple of another neuron, which took its outgoing weights over",
+    "dependence": "it is on for every input of the domain and an exact combination of others that are, which took it over",
     "merge": "it is on for every input of the domain, so it is linear there; fewer linear units stand for it and others",
     "fold": "every neuron of its layer is linear on the domain; the layer was folded into the next one",
     "opposite": "it is a negative multiple of another neuron, which together with a linear unit stands for it",
