@@ -160,6 +160,8 @@ def _rewritten(network: Network, domain: Box, layers: Sequence[LayerVerdict], bu
     removals, steps = removals + more, steps + further
     state, more, further = _dependents(state)
     removals, steps = removals + more, steps + further
+    state, more, further = _collapsed(state, domain, 0.0)
+    removals, steps = removals + more, steps + further
     if nominal > 0:
         spent = sum((step.level for step in steps), EXACT).eps
         state, more, further = _spend(state, domain, nominal - spent)

@@ -118,6 +118,84 @@ def projection(rng: np.random.Generator) -> tuple[Network, int, Planted]:
     return build(nodes, (channels, 4, 4), np.float32), 5, plan
 
 
+def whole(rng: np.random.Generator, *shape: int, most: int = 2) -> np.ndarray:
+    return rng.integers(-most, most + 1, shape).astype(np.float64)
+
+
+def rank(matrix: np.ndarray) -> int:
+    """Of a matrix of floats, read exactly, by elimination in rationals."""
+    rows, found = [[Fraction(float(v)) for v in row] for row in matrix], 0
+    for column in range(matrix.shape[1]):
+        pivot = next((r for r in rows[found:] if r[column]), None)
+        if pivot is not None:
+            rows.remove(pivot)
+            rows = rows[:found] + [pivot] + [[a - b * r[column] / pivot[column] for a, b in zip(r, pivot, strict=True)]
+                                             for r in rows[found:]]
+            found += 1
+    return found
+
+
+def spread(weight: np.ndarray, high: np.ndarray, active: int) -> np.ndarray:
+    """Biases for inputs from 0 to ``high``: the first ``active`` neurons are stably active, the others switch."""
+    least, most = np.minimum(weight, 0) @ high, np.maximum(weight, 0) @ high
+    return np.where(np.arange(len(weight)) < active, 1 - least, np.rint(-(least + most) / 2))
+
+
+@dataclass(frozen=True)
+class Two:
+    """Two layers of active and unstable neurons, the active ones first, and what reads the second."""
+
+    w1: np.ndarray
+    w2: np.ndarray
+    w3: np.ndarray
+    active: tuple[int, int]
+    network: Network
+
+    @property
+    def needed(self) -> tuple[int, int]:
+        """The fewest units of both layers that keep the unstable ones.
+
+        Behind layer 2 only P = W3[:, A2] W2[A2, :] of its active neurons is seen, so r2 = rank P units are enough and no fewer
+        are; they read rows V2 that span the rows of P, whichever they are. Of layer 1's active neurons A1 what is seen
+        is [W2[U2, A1]; V2[:, A1]] W1[A1, :], and its rank is that of [W2[U2, A1]; P[:, A1]] W1[A1, :] for every such V2. More
+        units in layer 2 can only make its rows span more.
+        """
+        k1, k2 = self.active
+        p = self.w3[:, :k2] @ self.w2[:k2]
+        seen = np.concatenate([self.w2[k2:, :k1], p[:, :k1]]) @ self.w1[:k1]
+        return len(self.w1) - k1 + rank(seen), len(self.w2) - k2 + rank(p)
+
+    @property
+    def single(self) -> tuple[int, int]:
+        """The same where each layer is looked at by itself."""
+        k1, k2 = self.active
+        return len(self.w1) - k1 + rank(self.w2[:, :k1] @ self.w1[:k1]), len(self.w2) - k2 + rank(self.w3[:, :k2] @ self.w2[:k2])
+
+
+def two_layers(rng: np.random.Generator) -> Two:
+    """Low rank in the composition W3 W2 W1 and in no product of two: the rest lies where what reads it does not look."""
+    inputs, outputs = int(rng.integers(8, 11)), int(rng.integers(3, 5))
+    u1, u2, r2, r1 = (int(rng.integers(*ends)) for ends in ((2, 4), (2, 4), (1, 3), (1, 3)))
+    q, k2 = u2 + r2, outputs + int(rng.integers(4, 7))
+    k1 = q + int(rng.integers(3, 6))
+    c, e = whole(rng, q, k1 - q, most=1), whole(rng, outputs, k2 - outputs, most=1)
+    seen = np.concatenate([np.eye(q), c], axis=1)                         # all that is looked at of layer 1's active neurons
+    w3 = np.concatenate([np.eye(outputs), e], axis=1)                     # and of layer 2's
+    unseen = np.concatenate([-e, np.eye(k2 - outputs)])
+    through = np.concatenate([whole(rng, r2, q) @ seen, whole(rng, r2, u1)], axis=1)
+    active2 = whole(rng, k2, r2) @ through + unseen @ whole(rng, k2 - outputs, k1 + u1, most=1)
+    w2 = np.concatenate([active2, np.concatenate([whole(rng, u2, q) @ seen, whole(rng, u2, u1)], axis=1)])
+    hidden = np.concatenate([-c, np.eye(k1 - q)]) @ whole(rng, k1 - q, inputs, most=1)
+    w1 = np.concatenate([whole(rng, k1, r1) @ whole(rng, r1, inputs) + hidden, whole(rng, u1, inputs)])
+    w3 = np.concatenate([w3, whole(rng, outputs, u2)], axis=1)
+    b1 = spread(w1, np.ones(inputs), k1)
+    b2 = spread(w2, np.maximum(w1, 0).sum(axis=1) + np.maximum(b1, 0), k2)
+    ops = [Affine(*(a.astype(np.float32) for a in pair)) for pair in ((w1 / 8, b1 / 8), (w2 / 8, b2 / 64), (w3, np.ones(outputs)))]
+    nodes = [Node("a", ops[0], (INPUT,)), Node("b", ReLU(), (0,)), Node("c", ops[1], (1,)), Node("d", ReLU(), (2,)),
+             Node("e", ops[2], (3,))]
+    return Two(w1, w2, w3, (k1, k2), build(nodes, (inputs,), np.float32))
+
+
 FAMILIES = (dense, convolutional, residual, projection)
 
 
