@@ -190,7 +190,8 @@ def two_layers(rng: np.random.Generator) -> Two:
     w3 = np.concatenate([w3, whole(rng, outputs, u2)], axis=1)
     b1 = spread(w1, np.ones(inputs), k1)
     b2 = spread(w2, np.maximum(w1, 0).sum(axis=1) + np.maximum(b1, 0), k2)
-    ops = [Affine(*(a.astype(np.float32) for a in pair)) for pair in ((w1 / 8, b1 / 8), (w2 / 8, b2 / 64), (w3, np.ones(outputs)))]
+    arrays = (w1 / 8, b1 / 8), (w2 / 8, b2 / 64), (w3, np.ones(outputs))
+    ops = [Affine(*(a.astype(np.float32) for a in pair)) for pair in arrays]
     nodes = [Node("a", ops[0], (INPUT,)), Node("b", ReLU(), (0,)), Node("c", ops[1], (1,)), Node("d", ReLU(), (2,)),
              Node("e", ops[2], (3,))]
     return Two(w1, w2, w3, (k1, k2), build(nodes, (inputs,), np.float32))

@@ -20,7 +20,7 @@ from exactprune.ops import Add, Affine, AvgPool2d, Conv2d, MaxPool2d, Pad, ReLU,
 
 
 def planted(tools, rng, op):
-    """Plant dead, constant, active and doubled units."""
+    """Plant dead, constant, active, doubled and dependent units."""
     size = len(op.bias)
     if rng.random() < 0.5:
         op = tools.killed(op, *rng.permutation(size)[:rng.integers(0, size + 1)])
@@ -32,6 +32,10 @@ def planted(tools, rng, op):
         weight, bias = op.weight.copy(), op.bias.copy()
         weight[0], bias[0] = weight[-1] * 2, bias[-1] * 2
         op = replace(op, weight=weight, bias=bias)
+    if size > 2 and rng.random() < 0.2:
+        weight, bias = op.weight.copy(), op.bias.copy()
+        weight[1], bias[1] = weight[0] - weight[2], bias[0] - bias[2] + 20
+        op = replace(op, weight=weight, bias=bias)
     return op
 
 
@@ -39,7 +43,7 @@ def dense(tools, rng):
     widths = [int(w) for w in rng.integers(1, 7, 5)]
     ops = []
     for n, m in pairwise(widths):
-        ops += [planted(tools, rng, tools.affine(rng, m, n, float(rng.random() * 0.8))), ReLU()]
+        ops += [planted(tools, rng, tools.affine(rng, m, n, float(rng.random() * 0.8))), ReLU()][:1 if rng.random() < 0.1 else 2]
     return tools.chain((widths[0],), *(ops[:-1] if rng.random() < 0.7 else ops))
 
 
@@ -84,6 +88,25 @@ class Graph:
         self.channels += before + after
         return self.add(ReLU(), self.add(Add(), wide, y))
 
+    def projection(self, x):
+        """A residual block with a projection shortcut: a sum of mixers before the ReLU."""
+        inner, old = int(self.rng.integers(1, 5)), self.channels
+        self.channels = int(self.rng.integers(1, 6))
+        y = self.add(ReLU(), self.add(self.mixer(inner, old), x))
+        main, short = self.add(self.mixer(self.channels, inner), y), self.add(self.mixer(self.channels, old), x)
+        return self.add(ReLU(), self.add(Add(), main, short))
+
+    def fork(self, x):
+        """Two layers whose sum only a mixer reads."""
+        old, width, self.channels = self.channels, int(self.rng.integers(1, 6)), int(self.rng.integers(1, 6))
+        a, b = (self.add(ReLU(), self.add(self.mixer(width, old), x)) for _ in range(2))
+        return self.add(ReLU(), self.add(self.mixer(self.channels, width), self.add(Add(), a, b)))
+
+    def straight(self, x):
+        """Mixers with no ReLU between."""
+        old, width, self.channels = self.channels, int(self.rng.integers(1, 8)), int(self.rng.integers(1, 6))
+        return self.add(ReLU(), self.add(self.mixer(self.channels, width), self.add(self.mixer(width, old), x)))
+
     def head(self, x):
         choice = self.rng.random()
         if choice < 0.3:
@@ -100,8 +123,10 @@ class Graph:
 
     def network(self):
         x = self.add(ReLU(), self.add(self.mixer(self.channels, 2), INPUT))
+        blocks = [self.residual, self.residual, self.depthwise, self.plain, self.shortcut, self.projection, self.fork,
+                  self.straight]
         for _ in range(int(self.rng.integers(1, 4))):
-            x = self.rng.choice([self.residual, self.residual, self.depthwise, self.plain, self.shortcut])(x)
+            x = self.rng.choice(blocks)(x)
         self.head(x)
         return build(self.nodes, (2, self.side, self.side), np.float32)
 
