@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from exactprune.checker.bundle import check_bundle
 from exactprune.claim import LayerVerdict, Status
+from exactprune.compress.bundle import bundle
+from exactprune.compress.rewrite import Rewrite
 from exactprune.domain import Box
+from exactprune.io import save
 from exactprune.network import INPUT, Network, Node, build
 from exactprune.ops import Add, Affine, AvgPool2d, Conv2d, MaxPool2d, Op, Pad, ReLU, Reshape, Scale, Transpose
 
@@ -106,6 +111,28 @@ def verdicts(network: Network, box: Box) -> tuple[LayerVerdict, ...]:
     return tuple(layers)
 
 
+def records(network: Network, box: Box, layers: tuple[LayerVerdict, ...]) -> list[dict]:
+    """A certificate for verdicts that interval bounds prove."""
+    heads = [{"node": i, "name": network.nodes[i].name, "neurons": int(np.prod(network.shapes[i]))} for i in network.relus]
+    head = {"record": "header", "format": "exactprune-certificate/1", "network": network.sha256, "domain": box.sha256,
+            "dtype": network.dtype.name, "input_shape": list(network.input_shape), "layers": heads, "tool": {"test": "1"}}
+    lists = [{word: np.flatnonzero(v.status == status).tolist() for word, status in
+              (("inactive", Status.INACTIVE), ("active", Status.ACTIVE), ("unknown", Status.UNSTABLE))} for v in layers]
+    return [head, *({"record": "verdicts", "layer": k, "unstable": [], **found} for k, found in enumerate(lists))]
+
+
+def accepted(network: Network, box: Box, layers: tuple[LayerVerdict, ...], rewrite: Rewrite, folder: Path | None = None) -> bool:
+    """Whether the independent checker accepts the level that is claimed; with a folder, from files alone."""
+    found = bundle(network, box, rewrite, records(network, box, layers), layers)
+    if folder is None or not found.report.accepted:
+        return found.report.accepted and found.level == rewrite.level
+    save(network, folder / "f.onnx")
+    save(rewrite.network, folder / "g.onnx")
+    (folder / "bundle").write_bytes(found.data)
+    report = check_bundle(folder / "f.onnx", folder / "g.onnx", folder / "bundle", exact=True)
+    return report.accepted and report.claimed == rewrite.eps
+
+
 def dyadic(rng: np.random.Generator, *shape: int, sparsity: float = 0.0) -> np.ndarray:
     """Multiples of 1/8 in [-1, 1], some of them 0."""
     return (rng.integers(-8, 9, shape) / 8 * (rng.random(shape) >= sparsity)).astype(np.float32)
@@ -147,5 +174,6 @@ def chain(input_shape: tuple[int, ...], *ops: Op, dtype: type = np.float32) -> N
 
 @pytest.fixture(scope="session")
 def tools() -> SimpleNamespace:
-    functions: list[Callable] = [exact, same, verdicts, dyadic, affine, conv, killed, constant, unread, chain]
+    functions: list[Callable] = [exact, same, verdicts, dyadic, affine, conv, killed, constant, unread, chain,
+                                 records, accepted]
     return SimpleNamespace(**{f.__name__: f for f in functions})

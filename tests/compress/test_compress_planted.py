@@ -14,6 +14,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from exactprune.claim import Status
 from exactprune.compress import compress_network
 from exactprune.domain import uniform
 from exactprune.network import INPUT, Network, Node, build
@@ -122,6 +123,10 @@ def whole(rng: np.random.Generator, *shape: int, most: int = 2) -> np.ndarray:
     return rng.integers(-most, most + 1, shape).astype(np.float64)
 
 
+def odd(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return (2 * rng.integers(-4, 4, shape) + 1).astype(np.float64)
+
+
 def rank(matrix: np.ndarray) -> int:
     """Of a matrix of floats, read exactly, by elimination in rationals."""
     rows, found = [[Fraction(float(v)) for v in row] for row in matrix], 0
@@ -184,10 +189,10 @@ def two_layers(rng: np.random.Generator) -> Two:
     unseen = np.concatenate([-e, np.eye(k2 - outputs)])
     through = np.concatenate([whole(rng, r2, q) @ seen, whole(rng, r2, u1)], axis=1)
     active2 = whole(rng, k2, r2) @ through + unseen @ whole(rng, k2 - outputs, k1 + u1, most=1)
-    w2 = np.concatenate([active2, np.concatenate([whole(rng, u2, q) @ seen, whole(rng, u2, u1)], axis=1)])
+    w2 = np.concatenate([active2, np.concatenate([whole(rng, u2, q) @ seen, odd(rng, u2, u1)], axis=1)])
     hidden = np.concatenate([-c, np.eye(k1 - q)]) @ whole(rng, k1 - q, inputs, most=1)
-    w1 = np.concatenate([whole(rng, k1, r1) @ whole(rng, r1, inputs) + hidden, whole(rng, u1, inputs)])
-    w3 = np.concatenate([w3, whole(rng, outputs, u2)], axis=1)
+    w1 = np.concatenate([whole(rng, k1, r1) @ whole(rng, r1, inputs) + hidden, odd(rng, u1, inputs)])
+    w3 = np.concatenate([w3, odd(rng, outputs, u2)], axis=1)
     b1 = spread(w1, np.ones(inputs), k1)
     b2 = spread(w2, np.maximum(w1, 0).sum(axis=1) + np.maximum(b1, 0), k2)
     arrays = (w1 / 8, b1 / 8), (w2 / 8, b2 / 64), (w3, np.ones(outputs))
@@ -195,6 +200,29 @@ def two_layers(rng: np.random.Generator) -> Two:
     nodes = [Node("a", ops[0], (INPUT,)), Node("b", ReLU(), (0,)), Node("c", ops[1], (1,)), Node("d", ReLU(), (2,)),
              Node("e", ops[2], (3,))]
     return Two(w1, w2, w3, (k1, k2), build(nodes, (inputs,), np.float32))
+
+
+def dependent(rng: np.random.Generator, spatial: bool) -> tuple[Network, int]:
+    """Stably active rows that are whole combinations of other rows, biases left out; how many units have to stay."""
+    inputs, unstable, extra = 8 if spatial else int(rng.integers(4, 9)), int(rng.integers(2, 4)), int(rng.integers(1, 5))
+    base = np.concatenate([np.eye(3), whole(rng, 3, inputs - 3, most=4)], axis=1)[rng.permutation(3)]
+    active = np.concatenate([base, np.rint(whole(rng, extra, 3)) @ base])
+    active = active[np.abs(active).any(axis=1)]
+    weight = np.concatenate([active, odd(rng, unstable, inputs) / 4])
+    bias = spread(weight, np.ones(inputs), len(active)) + rng.integers(0, 4, len(weight)) * (np.arange(len(weight)) < len(active))
+    order, outputs = rng.permutation(len(weight)), int(rng.integers(2, 9))
+    weight, bias = (weight[order] / 8).astype(np.float32), (bias[order] / 8).astype(np.float32)
+    after, head = (np.rint(64 * rng.standard_normal(s)) / 64 for s in ((outputs, len(weight)), (2, outputs)))
+    offsets = np.ones(outputs, np.float32), np.zeros(2, np.float32)
+    if not spatial:
+        nodes = [Node("a", Affine(weight, bias), (INPUT,)), Node("b", ReLU(), (0,)),
+                 Node("c", Affine(after.astype(np.float32), offsets[0]), (1,)), Node("d", ReLU(), (2,)),
+                 Node("e", Affine(head.astype(np.float32), offsets[1]), (3,))]
+        return build(nodes, (inputs,), np.float32), unstable + 3
+    nodes = [Node("a", Conv2d(weight.reshape(-1, 2, 2, 2), bias), (INPUT,)), Node("b", ReLU(), (0,)),
+             Node("c", Conv2d(after.astype(np.float32)[:, :, None, None], offsets[0], (2, 2)), (1,)), Node("d", ReLU(), (2,)),
+             Node("r", Reshape((4 * outputs,)), (3,)), Node("e", Affine(np.tile(head, 4).astype(np.float32), offsets[1]), (4,))]
+    return build(nodes, (2, 4, 4), np.float32), unstable + 3
 
 
 FAMILIES = (dense, convolutional, residual, projection)
@@ -221,9 +249,52 @@ def check(tools, seed: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("seed", range(9))
+@pytest.mark.parametrize("seed", range(12))
 def test_everything_planted_is_found(tools, seed):
     assert check(tools, seed)
+
+
+def check_two(tools, seed: int) -> bool:
+    """Whether both layers have as few units as there can be."""
+    rng = np.random.default_rng([seed, 7])
+    two = two_layers(rng)
+    f, box = two.network, uniform(0, 1, two.network.input_shape)
+    verdicts = tools.verdicts(f, box)
+    assert [int((v.status == Status.ACTIVE).sum()) for v in verdicts] == list(two.active)
+    rewrite = compress_network(f, box, verdicts, max_deviation="rounding")
+    for x in np.concatenate([box.sample(1, rng), box.corners(2, rng)]):
+        assert np.abs(tools.exact(f, x) - tools.exact(rewrite.network, x)).max() <= Fraction(rewrite.eps), seed
+    assert tools.accepted(f, box, verdicts, rewrite)
+    return tuple(rewrite.network.shapes[i][0] for i in rewrite.network.relus) == two.needed
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_two_layers_get_as_few_units_as_there_can_be(tools, seed):
+    two = two_layers(np.random.default_rng([seed, 7]))
+    assert two.needed[0] < two.single[0]                                  # looking at one layer at a time finds less
+    assert check_two(tools, seed)
+
+
+def check_dependent(tools, seed: int, folder=None) -> None:
+    rng = np.random.default_rng([seed, 8])
+    f, needed = dependent(rng, spatial=seed % 2 == 1)
+    box = uniform(0, 1, f.input_shape)
+    verdicts = tools.verdicts(f, box)
+    rewrite = compress_network(f, box, verdicts, max_deviation="exact")
+    assert f.shapes[0][0] > needed >= rewrite.network.shapes[0][0], (seed, needed)
+    assert tools.same(f, rewrite.network, box, rng) and tools.accepted(f, box, verdicts, rewrite, folder)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_exact_dependence_is_found_at_exact(tools, seed, tmp_path):
+    check_dependent(tools, seed, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_layers_and_dependence_in_many_networks(tools):
+    for seed in range(100, 300):
+        check_dependent(tools, seed)
+    assert sum(not check_two(tools, seed) for seed in range(100, 300)) <= 2
 
 
 @pytest.mark.slow
