@@ -275,7 +275,7 @@ def _on_boxes(bounds: Bounds, g: Network, bundle: Bundle, claimed: float) -> flo
     dims, at = records.fields(bundle.split, "dims", "at")
     lower, upper = bundle.lower.reshape(-1), bundle.upper.reshape(-1)
     low, high = boxes.leaves(dims, at, lower, upper)
-    values = chains.deviation(g, errors, low, high, claimed)[0]
+    values = chains.deviation(g, errors, low, high)[0]
     if not values.size:
         raise CheckError("split: there are no boxes")
     return float(values.max())

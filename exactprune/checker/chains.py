@@ -1,34 +1,34 @@
-"""How far two runs of a chain of affine layers and ReLUs can drift apart on a box, by input splits and phase splits.
+"""How far two runs of a chain of affine layers and ReLUs can drift apart on a box, neuron by neuron.
 
 g is a chain z_0 = W_0 x + b_0, z_k = W_k relu(z_{k-1}) + b_k, the last z its output. f differs from g by errors that enter
-at the pre-activations: with everything before layer k as it is in f, layer k is off by delta_k with abs(delta_k) <= e_k
-(n_k,), on the whole domain. For one x and tau in [0, 1] let
+at the pre-activations: with everything before layer k as it is in f, layer k is off by delta_k(x), abs(delta_k) <= e_k
+(n_k,), on the whole domain. So with the same x, the distance d_k of the pre-activations of f from those of g is
 
-    z_k(tau) = W_k relu(z_{k-1}(tau)) + b_k + tau delta_k(x),
+    d_0 = delta_0,    d_k = W_k S_{k-1} d_{k-1} + delta_k,
 
-which is g for tau = 0 and f for tau = 1. It is piecewise affine in tau, so f - g is the integral over tau of
-sum_k J_k(tau) delta_k, J_k being the Jacobian of the output in z_k *with the same slopes for every k* (a ReLU that stays at
-its kink does not move, so its slope does not matter). All these points are within
+where S is diagonal with slopes of the ReLU between two points. ReLU is monotone and 1-Lipschitz, so each slope is in [0, 1];
+it is 1 where both points are >= 0 and 0 where both are <= 0. On the whole domain abs(d_k) <= E_k = e_k + abs(W_k) E_{k-1}.
 
-    E_k = e_k + abs(W_k) E_{k-1}
+On a sub-box, bounds on g's z_k widened by E_k settle most slopes. Where one stays open, abs(d) <= h is bounded first, by the
+method itself, and then
 
-of g's own pre-activations. Where delta_k is known as a linear form in the input, up to a rest, its signs are kept: J_k times
-the form is one form.
+    s d = d / 2 + (s - 1/2) d,    abs((s - 1/2) d) <= h / 2,
 
-On a sub-box, bounds on z_k widened by E_k settle most ReLUs, with slope 0 or 1. The others have a slope s in
-[0, 1], and sum_k J_k delta_k is multi-affine in the slopes: its maximum is attained where each slope is 0 or 1. So a
-tree of phase splits (no constraint on x, only slopes) with an interval Jacobian at each node bounds it, and the split of
-inputs makes few ReLUs unsettled. This wins factors of 1,000 against abs(W) ... abs(W) e on deep narrow networks.
+so d_k is a linear function of the delta_j up to a sum of known size, and what the delta_j have in common over the layers and
+over the rows of W_k cancels before any absolute value is taken. Where delta_j is known as a linear form in the input, up to a
+rest, the result is one form in the input. (Paulsen, Wang and Wang 2020, ReluDiff and NeuroDiff, bound differences of two networks
+forward; here it is backward substitution as in CROWN, with one symmetric relaxation.) It wins factors of 1,000 against
+abs(W) ... abs(W) e on deep narrow networks, and the split of inputs leaves few slopes open.
 
-*Sound in floating point*: slopes are floats that are chosen, and lines are moved so that they hold; every product of
-matrices is paid for with gamma_n times the product of absolute values (Higham 2002, section 3.1).
+*Sound in floating point*: slopes of lines are floats that are chosen, and the lines are moved so that they hold; slopes of
+differences are 0, 1/2 or 1, exact factors; every product of matrices is paid for with gamma_n times the product of absolute
+values (Higham 2002, section 3.1).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -37,12 +37,18 @@ from exactprune.checker.network import CheckError, Network
 Array = np.ndarray
 U = 2.0**-53
 TINY = 2.0**-900
+HUGE = 2.0**100  # nothing is claimed about errors above
 ACTIVE, OFF, OPEN = 1, 0, 2
-HOPELESS = 16  # times the target: no phase is split there
+NUMBERS = 2**21  # coefficients at a time, about
 
 
 def _gamma(n: int) -> float:
     return 1.01 * n * U / (1 - n * U)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    """Row by row."""
+    return np.einsum("ij,ij->i", a, b)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +63,11 @@ class Chain:
         """Number of ReLU layers."""
         return len(self.weights) - 1
 
+    @property
+    def terms(self) -> int:
+        """At least as many as any sum that is formed has terms, with a few to spare for what sums go through."""
+        return max(max(w.shape) for w in self.weights) + 2 * len(self.weights) + 16
+
 
 @dataclass(frozen=True, eq=False)
 class Boxes:
@@ -64,12 +75,12 @@ class Boxes:
 
     Attributes:
         lower, upper: per ReLU layer, (boxes, n_k): z_k of g on the sub-box.
-        slopes: per ReLU layer, (boxes, n_k, inputs): sizes of the coefficients of linear bounds (to choose splits).
+        worth: (boxes, inputs), what each input has to do with the neurons whose sign is open: a sum of shares of their ranges.
     """
 
     lower: list[Array]
     upper: list[Array]
-    slopes: list[Array]
+    worth: Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,29 +106,30 @@ class Entering:
 
 @dataclass(frozen=True, eq=False)
 class _OnBoxes:
-    """delta_k on each of some boxes: centre + form (x - middle of the box), up to ``rest``; abs(delta_k) <= size."""
+    """delta_k on each of some boxes: centre + form (x - middle of the box), up to ``rest``.
+
+    Attributes:
+        centre, rest: (boxes, n_k); form: (n_k, inputs).
+        scale: (boxes, n_k), what rounding errors are measured in: at least abs(d_k) and the parts of delta_k.
+    """
 
     centre: Array
     form: Array
-    radius: Array
     rest: Array
-    size: Array
+    scale: Array
 
 
-def _on_boxes(entering: Entering, low: Array, high: Array) -> _OnBoxes | None:
-    """One layer's entering errors on boxes (boxes, inputs); None where there are none."""
-    if not entering.size.any():
-        return None
+def _on_boxes(entering: Entering, low: Array, high: Array, drifted: Array) -> _OnBoxes:
+    """One layer's entering errors on boxes (boxes, inputs), where abs(d_k) <= ``drifted``."""
+    if entering.form is None or entering.low is None or entering.high is None or not entering.size.any():
+        nothing, count = np.zeros((len(low), len(entering.size))), low.shape[1]
+        return _OnBoxes(nothing, np.zeros((len(entering.size), count)), nothing + entering.size, nothing + drifted)
     middle, radius = _centred(low, high)
-    whole = np.broadcast_to(entering.size, (len(low), len(entering.size)))
-    if entering.form is None or entering.low is None or entering.high is None:
-        return _OnBoxes(np.zeros_like(whole), np.zeros((len(entering.size), low.shape[1])), radius, whole, whole)
     form, ends = entering.form, np.maximum(np.abs(entering.low), np.abs(entering.high))
-    slack = 16 * _gamma(low.shape[1] + len(ends) + 8) * (np.maximum(np.abs(low), np.abs(high)) @ np.abs(form).T + ends)
+    slack = 16 * _gamma(low.shape[1] + 8) * (np.maximum(np.abs(low), np.abs(high)) @ np.abs(form).T + ends)
     rest = (entering.high - entering.low) / 2 * (1 + 4 * U) + slack + TINY
     centre = middle @ form.T + (entering.low + entering.high) / 2
-    size = (np.abs(centre) + radius @ np.abs(form).T + rest) * (1 + 16 * U)
-    return _OnBoxes(centre, form, radius, rest, np.minimum(size, whole))
+    return _OnBoxes(centre, form, rest, drifted + np.abs(centre) + radius @ np.abs(form).T + rest)
 
 
 def drift(chain: Chain, errors: Sequence[Array]) -> list[Array]:
@@ -134,24 +146,33 @@ def drift(chain: Chain, errors: Sequence[Array]) -> list[Array]:
 
 
 def bounds(chain: Chain, low: Array, high: Array) -> Boxes:
-    """Backward substitution (CROWN) for every ReLU layer on each of the boxes [low, high], (boxes, inputs)."""
-    found = Boxes([], [], [])
+    """For every ReLU layer on each of the boxes [low, high], (boxes, inputs): intervals, then backward substitution (CROWN)
+    for the neurons whose sign intervals leave open."""
+    found = Boxes([], [], np.zeros(low.shape))
     centre, radius = _centred(low, high)
-    reach = [np.maximum(np.abs(low), np.abs(high))]
+    y_low, y_high = low, high
     sizes: list[Array] = []
+    lines: list[tuple[Array, Array, Array]] = []
     for k in range(chain.hidden):
         weight, bias = chain.weights[k], chain.biases[k]
-        sizes.append(((reach[-1] @ np.abs(weight).T) + np.abs(bias)) * (1 + 4 * _gamma(weight.shape[1] + 4)) + TINY)
-        below, above, slopes = _backward(chain, k, centre, radius, found, sizes)
-        if k:
-            inner = _forward(chain, k, found, sizes[k])
-            below, above = np.maximum(below, inner[0]), np.minimum(above, inner[1])
-        below, above = (np.where(np.isnan(b), end, b) for b, end in ((below, -np.inf), (above, np.inf)))
+        reach = np.maximum(np.abs(y_low), np.abs(y_high))
+        sizes.append((reach @ np.abs(weight).T + np.abs(bias)) * (1 + 4 * _gamma(weight.shape[1] + 4)) + TINY)
+        below, above = _forward(weight, bias, y_low, y_high, sizes[k])
+        box, row = np.nonzero((below < 0) & (above > 0))
+        least, most, slopes = _backward(chain, k, box, row, centre, radius, lines, sizes)
+        below[box, row], above[box, row] = np.fmax(below[box, row], least), np.fmin(above[box, row], most)
+        np.add.at(found.worth, box, _shares(slopes * radius[box], below[box, row], above[box, row]))
         found.lower.append(below)
         found.upper.append(above)
-        found.slopes.append(slopes)
-        reach.append(np.maximum(above, 0.0))
+        lines.append(_lines(below, above))
+        y_low, y_high = np.maximum(below, 0.0), np.maximum(above, 0.0)
     return found
+
+
+def _shares(parts: Array, least: Array, most: Array) -> Array:
+    """Of the ranges of neurons (rows,), what each input makes, (rows, inputs); 0 where the sign is settled."""
+    open_ = (least < 0) & (most > 0)
+    return np.divide(parts, (most - least)[:, None], out=np.zeros_like(parts), where=open_[:, None])
 
 
 def _centred(low: Array, high: Array) -> tuple[Array, Array]:
@@ -159,14 +180,13 @@ def _centred(low: Array, high: Array) -> tuple[Array, Array]:
     return centre, np.nextafter(np.maximum(high - centre, centre - low), np.inf)
 
 
-def _forward(chain: Chain, k: int, known: Boxes, size: Array) -> tuple[Array, Array]:
-    """Interval arithmetic for one layer."""
-    weight, bias = chain.weights[k], chain.biases[k]
+def _forward(weight: Array, bias: Array, low: Array, high: Array, size: Array) -> tuple[Array, Array]:
+    """Interval arithmetic for one layer; infinite where that makes NaN."""
     positive, negative = np.maximum(weight, 0), np.minimum(weight, 0)
-    y_low, y_high = np.maximum(known.lower[-1], 0), np.maximum(known.upper[-1], 0)
     slack = 4 * _gamma(2 * weight.shape[1] + 8) * size
-    return (y_low @ positive.T + y_high @ negative.T + bias - slack,
-            y_high @ positive.T + y_low @ negative.T + bias + slack)
+    below = low @ positive.T + high @ negative.T + bias - slack
+    above = high @ positive.T + low @ negative.T + bias + slack
+    return np.where(np.isnan(below), -np.inf, below), np.where(np.isnan(above), np.inf, above)
 
 
 def _lines(low: Array, high: Array) -> tuple[Array, Array, Array]:
@@ -178,32 +198,30 @@ def _lines(low: Array, high: Array) -> tuple[Array, Array, Array]:
     return np.where(open_, np.where(high > -low, 1.0, 0.0), chord), chord, shift
 
 
-def _backward(chain: Chain, k: int, centre: Array, radius: Array, known: Boxes,
-              sizes: Sequence[Array]) -> tuple[Array, Array, Array]:
-    """Lower and upper bounds of z_k on each box, and the sizes of their coefficients at the input."""
-    count, rows = len(centre), len(chain.biases[k])
-    both = np.concatenate([chain.weights[k], -chain.weights[k]])
-    form = np.broadcast_to(both, (count, *both.shape))
-    total = np.broadcast_to(np.concatenate([chain.biases[k], -chain.biases[k]]), (count, 2 * rows)).copy()
+def _backward(chain: Chain, k: int, box: Array, row: Array, centre: Array, radius: Array,
+              lines: Sequence[tuple[Array, Array, Array]], sizes: Sequence[Array]) -> tuple[Array, Array, Array]:
+    """Lower and upper bounds of z_k[row] on boxes ``box``, (rows,), and the sizes of their coefficients at the input."""
+    weight, bias = chain.weights[k][row], chain.biases[k][row]
+    both = np.concatenate([box, box])
+    form, total = np.concatenate([weight, -weight]), np.concatenate([bias, -bias])
     size = np.abs(total)
     for j in range(k - 1, -1, -1):
-        below, above, shift = (a[:, None, :] for a in _lines(known.lower[j], known.upper[j]))
+        below, above, shift = lines[j]
         negative = np.minimum(form, 0.0)
-        lost = negative @ shift.swapaxes(1, 2)
-        form = np.maximum(form, 0.0) * below + negative * above
-        size += np.abs(lost[..., 0]) + (np.abs(form) @ sizes[j][..., None])[..., 0]
-        total = total + lost[..., 0] + form @ chain.biases[j]
-        form = (form.reshape(-1, form.shape[2]) @ chain.weights[j]).reshape(count, 2 * rows, -1)
-    spread = (np.abs(form) @ radius[..., None])[..., 0]
-    middle = (form @ centre[..., None])[..., 0]
-    size += (np.abs(form) @ np.abs(centre)[..., None])[..., 0] + spread
-    widest = max(max(w.shape) for w in chain.weights)
-    least = total + middle - spread - 8 * _gamma(widest + 8 * (k + 2)) * size - TINY
-    slopes = np.abs(form[:, :rows]) + np.abs(form[:, rows:])
-    return least[:, :rows], -least[:, rows:], slopes
+        lost = _dot(negative, shift[both])
+        form = np.maximum(form, 0.0) * below[both] + negative * above[both]
+        size += np.abs(lost) + _dot(np.abs(form), sizes[j][both])
+        total = total + lost + form @ chain.biases[j]
+        form = form @ chain.weights[j]
+    ends = np.abs(form)
+    spread = _dot(ends, radius[both])
+    size += _dot(ends, np.abs(centre)[both]) + spread
+    least = total + _dot(form, centre[both]) - spread - 8 * _gamma(chain.terms + 8 * k) * size - TINY
+    count = len(row)
+    return least[:count], -least[count:], ends[:count] + ends[count:]
 
 
-# -- phases ------------------------------------------------------------------------------------------------------------
+# -- differences -------------------------------------------------------------------------------------------------------
 
 
 def phases(known: Boxes, widened: Sequence[Array]) -> list[Array]:
@@ -215,121 +233,56 @@ def phases(known: Boxes, widened: Sequence[Array]) -> list[Array]:
     return found
 
 
-def largest(chain: Chain, errors: Sequence[_OnBoxes | None], start: Sequence[Array], target: float,
-            nodes: int) -> tuple[Array, Array]:
-    """Bound on abs(f - g) on each box, by splitting phases until it is at most ``target`` or nodes run out.
+def distances(chain: Chain, errors: Sequence[_OnBoxes], settled: Sequence[Array], radius: Array) -> Array:
+    """Bounds on abs(f - g) on each box, (boxes,).
 
     Args:
         chain: g.
         errors: delta_k on each box, the output's last.
-        start: phases on each box.
-        target: no split of what is within.
-        nodes: of the phase tree, a box, about.
-
-    Returns:
-        (boxes,) bounds, and what every open neuron weighs at the root, (boxes, sum n_k).
+        settled: slopes on each box.
+        radius: (boxes, inputs) of the boxes.
     """
-    count = len(start[0])
-    done, spent = np.zeros(count), np.zeros(count, np.int64)
-    box, current = np.arange(count), list(start)
-    worth = None
-    while len(box):
-        value, score = _node(chain, errors, current, box)
-        worth = score if worth is None else worth
-        np.add.at(spent, box, 1)
-        settled = (value <= target) | ~(score > 0).any(axis=1)
-        np.maximum.at(done, box[settled], value[settled])
-        hopeless = (value > HOPELESS * target) | (spent > nodes)[box] | (done > target)[box]
-        np.maximum.at(done, box[hopeless], value[hopeless])  # a bound of the whole tree below
-        left = np.flatnonzero(~settled & ~hopeless)
-        current = _split([p[left] for p in current], score[left].argmax(axis=1))
-        box = np.concatenate([box[left], box[left]])
-    return done, np.zeros((count, 0)) if worth is None else worth
+    count, outputs = len(radius), len(chain.biases[-1])
+    slopes: list[Array] = []
+    half: list[Array] = []
+    first = next((k for k, e in enumerate(errors) if e.rest.any()), chain.hidden)
+    for k, phase in enumerate(settled):
+        half.append(np.zeros(phase.shape))
+        if k >= first:
+            box, row = np.nonzero(phase == OPEN)
+            half[k][box, row] = _rows(chain, errors, k, first, box, row, slopes, half, radius) / 2
+        slopes.append(np.where(phase == OPEN, 0.5, phase.astype(np.float64)))
+    box, row = np.divmod(np.arange(count * outputs), outputs)
+    return _rows(chain, errors, chain.hidden, first, box, row, slopes, half, radius).reshape(count, outputs).max(axis=1)
 
 
-def _split(current: list[Array], at: Array) -> list[Array]:
-    """Both phases of one neuron a node."""
-    widths = np.cumsum([0, *(p.shape[1] for p in current)])
-    flat = np.concatenate(current, axis=1)
-    on, off = flat.copy(), flat.copy()
-    rows = np.arange(len(flat))
-    on[rows, at], off[rows, at] = ACTIVE, OFF
-    both = np.concatenate([on, off])
-    return [both[:, a:b] for a, b in pairwise(widths)]
+def _rows(chain: Chain, errors: Sequence[_OnBoxes], k: int, first: int, box: Array, row: Array, slopes: Sequence[Array],
+          half: Sequence[Array], radius: Array) -> Array:
+    """Bounds on abs(d_k[row]) on boxes ``box``, (rows,); d is 0 before layer ``first``.
 
-
-def _node(chain: Chain, errors: Sequence[_OnBoxes | None], current: Sequence[Array], box: Array) -> tuple[Array, Array]:
-    """Bound of every node of the phase trees (nodes,), and what an open neuron weighs there (nodes, sum n_k)."""
-    count, last = len(box), chain.weights[-1]
-    reach = _reach(chain, errors, current, box)
-    mid = np.broadcast_to(last, (count, *last.shape))
-    rad = np.zeros_like(mid)
-    total = np.zeros((count, len(last)))
-    if errors[-1] is not None:
-        total += errors[-1].size[box]
-    first = next((k for k, e in enumerate(errors) if e is not None), chain.hidden)
-    scores: list[Array] = []
-    for k in range(chain.hidden - 1, -1, -1):
-        if k < first:
-            scores.append(np.zeros(current[k].shape))
-            continue
-        scores.append(np.where(current[k] == OPEN, (np.abs(mid) + rad).max(axis=1) * reach[k], 0.0))
-        mid, rad = _through(mid, rad, current[k][:, None, :])
-        entering = errors[k]
-        if entering is not None:
-            total += _weighed(entering, mid, rad, box)
-        if k > first:
-            mid, rad = _before(mid, rad, chain.weights[k])
-    widest = max(max(w.shape) for w in chain.weights)
-    return (total * (1 + 4 * _gamma(widest + len(chain.weights) + 8)) + TINY).max(axis=1), np.concatenate(scores[::-1], axis=1)
-
-
-def _weighed(error: _OnBoxes, mid: Array, rad: Array, box: Array) -> Array:
-    """The largest abs(J delta) for J in mid +- rad, (nodes, outputs)."""
-    straight = np.abs(mid @ error.centre[box][..., None])[..., 0]
-    straight += (np.abs(mid @ error.form) @ error.radius[box][..., None])[..., 0]
-    straight += (np.abs(mid) @ error.rest[box][..., None])[..., 0]
-    plain = (np.abs(mid) @ error.size[box][..., None])[..., 0]
-    return np.minimum(straight, plain) + (rad @ error.size[box][..., None])[..., 0]
-
-
-def _before(mid: Array, rad: Array, weight: Array) -> tuple[Array, Array]:
-    """Coefficients of relu(z_{k-1}) from those of z_k."""
-    count, outputs, n = mid.shape
-    size = (np.abs(mid) + rad).reshape(-1, n)
-    rad = (rad.reshape(-1, n) + 4 * _gamma(n + 4) * size) @ np.abs(weight) * (1 + 2 * _gamma(n + 4)) + TINY
-    return (mid.reshape(-1, n) @ weight).reshape(count, outputs, -1), rad.reshape(count, outputs, -1)
-
-
-def _through(mid: Array, rad: Array, phase: Array) -> tuple[Array, Array]:
-    """An interval of coefficients times a slope: 1, 0, or anything in [0, 1]."""
-    on, open_ = (phase == ACTIVE).astype(np.float64), (phase == OPEN) * 0.5
-    low, high = mid - rad, mid + rad
-    np.minimum(low, 0.0, out=low)
-    np.maximum(high, 0.0, out=high)
-    half = high - low
-    half += 8 * U * (np.abs(mid) + rad)
-    low += high
-    low *= open_
-    half *= open_
-    low += on * mid
-    half += on * rad
-    return low, half
-
-
-def _reach(chain: Chain, errors: Sequence[_OnBoxes | None], current: Sequence[Array], box: Array) -> list[Array]:
-    """What abs(W) makes of the errors with the phases known so far, (nodes, n_k); to choose splits only."""
-    sizes = [np.zeros(p.shape) if e is None else e.size[box] for e, p in zip(errors, current, strict=False)]
-    found = [sizes[0]]
-    for k in range(1, chain.hidden):
-        found.append(np.where(current[k - 1] == OFF, 0.0, found[-1]) @ np.abs(chain.weights[k]).T + sizes[k])
-    return found
+    Coefficients c of d_j are floats. The real number c . d_j is c . delta_j + (c W_j) . (S d_{j-1}), of which the float product
+    with W_j is off by at most gamma abs(c) abs(W_j) abs(d_{j-1}) <= gamma abs(c) E_j; sums of products with the parts of
+    delta_j are off by gamma times those of absolute values. Both are at most gamma abs(c) . scale. Sums of numbers >= 0
+    are paid for by a factor at the end.
+    """
+    value, form, lost = errors[k].centre[box, row], errors[k].form[row], errors[k].rest[box, row]
+    slack = errors[k].scale[box, row]
+    coefficients = chain.weights[k][row]
+    for j in range(k - 1, first - 1, -1):
+        lost = lost + _dot(np.abs(coefficients), half[j][box])
+        coefficients = coefficients * slopes[j][box]
+        size, entering = np.abs(coefficients), errors[j]
+        value = value + _dot(coefficients, entering.centre[box])
+        form = form + coefficients @ entering.form
+        lost = lost + _dot(size, entering.rest[box])
+        slack = slack + _dot(size, entering.scale[box])
+        if j > first:
+            coefficients = coefficients @ chain.weights[j]
+    total = np.abs(value) + _dot(np.abs(form), radius[box]) + lost + 8 * _gamma(chain.terms) * slack
+    return total * (1 + 8 * _gamma(chain.terms)) + TINY
 
 
 # -- a network and a tree of boxes -------------------------------------------------------------------------------------
-
-BATCH = 256  # boxes at a time
-PER_BOX = 100  # nodes of the phase trees, a box
 
 
 def chain_of(network: Network) -> tuple[Chain, tuple[int, ...]] | None:
@@ -367,14 +320,13 @@ def scaled(network: Network, low: Array, high: Array) -> tuple[Array, Array]:
     return low, high
 
 
-def deviation(network: Network, errors: Sequence[Entering], low: Array, high: Array, target: float) -> tuple[Array, Array]:
+def deviation(network: Network, errors: Sequence[Entering], low: Array, high: Array) -> tuple[Array, Array]:
     """Bounds on abs(f - g) on boxes of inputs.
 
     Args:
         network: g, for which ``chain_of`` finds a chain.
         errors: per ReLU layer and for the output, what enters there (see the module's docstring).
         low, high: (boxes, inputs), flat.
-        target: what is aimed for; no effort is spent below.
 
     Returns:
         (boxes,) bounds, inf where numbers overflow, and (boxes, inputs): how much splitting an input may help.
@@ -383,12 +335,14 @@ def deviation(network: Network, errors: Sequence[Entering], low: Array, high: Ar
     if found is None:
         raise CheckError("no chain of affine layers and ReLUs")
     chain, by = found[0], drift(found[0], [e.size for e in errors])
-    values, worth = np.empty(len(low)), np.empty(low.shape)
-    for start in range(0, len(low), BATCH):
-        part = slice(start, start + BATCH)
+    values, worth = np.full(len(low), np.inf), np.ones(low.shape)
+    if not all((e <= HUGE).all() for e in by):
+        return values, worth
+    batch = max(1, NUMBERS // max(w.size for w in chain.weights))
+    for start in range(0, len(low), batch):
+        part = slice(start, start + batch)
         known = bounds(chain, *scaled(network, low[part], high[part]))
-        local = [_on_boxes(e, low[part], high[part]) for e in errors]
-        values[part], score = largest(chain, local, phases(known, by), target, PER_BOX)
-        slopes = np.concatenate(known.slopes, axis=1) if known.slopes else np.zeros((len(values[part]), 0, low.shape[1]))
-        worth[part] = np.einsum("bi,bij->bj", score, slopes) * (high[part] - low[part])
+        local = [_on_boxes(e, low[part], high[part], d) for e, d in zip(errors, by, strict=True)]
+        values[part] = distances(chain, local, phases(known, by), _centred(low[part], high[part])[1])
+        worth[part] = known.worth
     return np.where(np.isfinite(values), values, np.inf), worth

@@ -1,9 +1,11 @@
 """The joint deviation of a whole rewrite, bounded afresh on sub-boxes: not a sum of worst cases.
 
 What each layer of g does differently from f, everything before it being equal, is bounded in rationals
-(``checker.difference``); how much of it reaches the output is bounded on sub-boxes of the domain by phase trees of the
-ReLUs (``checker.chains``). Both are the checker's own code, on the bounds of the verdicts, so what is found here is what the
-checker finds with the boxes as a hint (record ``split``). Boxes are split where an input moves what open neurons weigh.
+(``checker.difference``); how much of it reaches the output is bounded on sub-boxes of the domain, carried through the layers
+as forms whose signs are kept (``checker.chains``). Both are the checker's own code, on the bounds of the verdicts, so what is
+found here is what the checker finds with the boxes as a hint (record ``split``). A box is split at the input that has most to
+do with neurons whose sign is open. The search ends early where it cannot succeed: the networks differ by more than the
+target at the middle of a box, or a box is above the target although every sign is settled.
 
 It applies to chains of affine layers and ReLUs with few inputs that vary, where it wins factors of 1,000 and more over
 carrying absolute values through all layers; elsewhere the sum over the rewrites stands.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,7 +34,8 @@ if TYPE_CHECKING:
     from exactprune.compress.rewrite import Rewrite
 
 INPUTS = 12  # that vary, at most
-BOXES = 5000  # looked at, at most
+BOXES = 40_000  # looked at, at most
+WORK = 1.5e11  # multiplications, at most, about
 WIDTH = 4000  # neurons and outputs of one network, at most
 _MARGIN = 0.01  # of the errors is added: the bounds of a certificate may be a little wider than the verdicts'
 
@@ -82,8 +86,11 @@ def joint(network: Network, domain: Box, verdicts: Sequence[LayerVerdict], rewri
         errors = local_errors(known_bounds(network, domain, verdicts), g, list(hints_of(network, rewrite)))
         errors = [error.wider(_MARGIN) for error in errors]
         tree = _Tree(domain.lower.reshape(1, -1).astype(np.float64), domain.upper.reshape(1, -1).astype(np.float64))
+        boxes = min(boxes, int(WORK / _cost(rewrite.network)))
         while tree.open.size and len(tree.dims) <= boxes:
-            tree.look(*chains.deviation(g, errors, tree.low[tree.open], tree.high[tree.open], target), target)
+            hopeless = tree.look(*chains.deviation(g, errors, tree.low[tree.open], tree.high[tree.open]), target)
+            if hopeless or _gap(network, rewrite.network, tree.middles) > target:
+                break
     except CheckError:
         return None
     return tree.result()
@@ -92,10 +99,22 @@ def joint(network: Network, domain: Box, verdicts: Sequence[LayerVerdict], rewri
 def sampled(f: Network, g: Network, domain: Box, points: int = 2000) -> float:
     """The largest abs(f - g) at random points and corners, in float64: no bound, but what to aim for."""
     rng = np.random.default_rng(0)
-    x = np.concatenate([domain.sample(points, rng), domain.corners(points // 4, rng)])
+    return _gap(f, g, np.concatenate([domain.sample(points, rng), domain.corners(points // 4, rng)]))
+
+
+def _gap(f: Network, g: Network, x: np.ndarray) -> float:
+    """The largest abs(f - g) at some inputs, in float64."""
+    x = x.reshape(len(x), *f.input_shape)
     with np.errstate(all="ignore"):
         gaps = np.abs(f.evaluate(x, np.float64) - g.evaluate(x, np.float64))
     return float(np.nan_to_num(gaps, nan=np.inf).max(initial=0.0))
+
+
+def _cost(g: Network) -> int:
+    """About how many multiplications a box takes: every neuron of a chain is carried back to the input, both ways."""
+    sizes = [int(np.prod(g.input_shape)), *(int(np.prod(g.shapes[i])) for i in g.relus), int(np.prod(g.output_shape))]
+    through = np.cumsum([a * b for a, b in pairwise(sizes)])
+    return 1 + 2 * int((np.array(sizes[1:]) * np.append(sizes[0], through[:-1])).sum())
 
 
 def known_bounds(network: Network, domain: Box, verdicts: Sequence[LayerVerdict]) -> Bounds:
@@ -124,14 +143,20 @@ class _Tree:
         self.dims, self.first, self.other = np.full(1, -1), np.full(1, -1), np.full(1, -1)
         self.at, self.value, self.open = np.zeros(1), np.full(1, np.inf), np.zeros(1, int)
 
-    def look(self, value: np.ndarray, worth: np.ndarray, target: float) -> None:
-        """Take bounds of the open boxes; those above the target become two."""
+    @property
+    def middles(self) -> np.ndarray:
+        """Of the open boxes, (boxes, inputs)."""
+        return self.low[self.open] / 2 + self.high[self.open] / 2
+
+    def look(self, value: np.ndarray, worth: np.ndarray, target: float) -> bool:
+        """Take bounds of the open boxes; those above the target become two. Whether one of them cannot be split usefully."""
         self.value[self.open] = value
         nodes, worth = self.open[value > target], worth[value > target]
-        rows, dim = np.arange(len(nodes)), worth.argmax(axis=1) if len(nodes) else np.zeros(0, int)
+        dim = worth.argmax(axis=1) if len(nodes) else np.zeros(0, int)
         cut = self.low[nodes, dim] / 2 + self.high[nodes, dim] / 2
-        fine = (self.low[nodes, dim] < cut) & (cut < self.high[nodes, dim])
-        nodes, dim, cut, rows = nodes[fine], dim[fine], cut[fine], rows[: int(fine.sum())]
+        fine = (self.low[nodes, dim] < cut) & (cut < self.high[nodes, dim]) & (worth > 0).any(axis=1)
+        nodes, dim, cut = nodes[fine], dim[fine], cut[fine]
+        rows = np.arange(len(nodes))
         below, above = self.high[nodes].copy(), self.low[nodes].copy()
         below[rows, dim], above[rows, dim] = cut, cut
         start, count = len(self.dims), len(nodes)
@@ -145,6 +170,7 @@ class _Tree:
         self.at = np.concatenate([self.at, np.zeros(fresh)])
         self.value = np.concatenate([self.value, np.tile(self.value[nodes], 2)])  # true until it is bounded itself
         self.open = np.arange(start, start + fresh)
+        return not fine.all()
 
     def result(self) -> Joint:
         """The largest bound of a leaf, and the tree in preorder."""

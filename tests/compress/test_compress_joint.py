@@ -84,25 +84,52 @@ def test_no_run_with_errors_drifts_further(tools, size, signed):
         errors = [Entering(r * (1 + 1e-9), f, -w, w) if signed else Entering(r * (1 + 1e-9))
                   for r, f, w in zip(reach, forms, widths, strict=True)]
         low, high = boxes_of(rng, -np.ones(3), np.ones(3), 5)
-        coarse = chains.deviation(net, errors, low, high, np.inf)[0]
-        fine = chains.deviation(net, errors, low, high, 0.05 * coarse.min())[0]
-        assert (fine <= coarse * (1 + 1e-12)).all()
+        found = chains.deviation(net, errors, low, high)[0]
         for i in range(5):
             x = low[i] + (high[i] - low[i]) * rng.random((400, 3))
             noise = [w * rng.choice([-1.0, 1.0], (400, len(w))) for w in (widths if signed else reach)]
             with_errors = run_chain(chain, x, forms if signed else [f * 0 for f in forms], noise)
             gap = np.abs(with_errors[-1] - run_chain(chain, x)[-1]).max()
-            assert gap <= fine[i] * (1 + 1e-9)
+            assert gap <= found[i] * (1 + 1e-9)
 
 
-def test_phase_splits_are_much_tighter_than_absolute_values(tools):
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_the_largest_drift_is_found_where_every_sign_is_settled(tools, first):
+    """No ReLU open: what is left is linear, and the bound is its maximum, an absolute value taken once, at the output."""
+    rng = np.random.default_rng(first)
+    net = checked(network(tools, rng, scale=False))
+    chain, _ = chains.chain_of(net)
+    x = rng.uniform(-1, 1, 3)
+    forms = [1e-7 * rng.standard_normal((len(b), 3)) * (k >= first) for k, b in enumerate(chain.biases)]
+    forms[-1] = np.zeros_like(forms[-1])
+    nothing = [np.zeros(len(f)) for f in forms]
+    errors = [Entering(np.abs(f).sum(axis=1) * (1 + 1e-9), f, z, z) for f, z in zip(forms, nothing, strict=True)]
+    found = chains.deviation(net, errors, x[None] - 1e-6, x[None] + 1e-6)[0][0]
+    near = x + 1e-6 * rng.choice([-1.0, 1.0], (64, 3))
+    true = np.abs(run_chain(chain, near, forms, nothing)[-1] - run_chain(chain, near)[-1]).max()
+    assert true * (1 - 1e-6) <= found <= true * (1 + 1e-4)
+
+
+def test_open_slopes_pay_for_half_their_distance(tools):
+    """Two opposite readers of one error: signs are kept over rows, so where no sign is open they cancel to nothing."""
+    chain = [Affine(np.array([[1.0]], np.float32), np.zeros(1, np.float32)), ReLU(),
+             Affine(np.array([[1.0], [1.0]], np.float32), np.zeros(2, np.float32)), ReLU(),
+             Affine(np.array([[1.0, -1.0]], np.float32), np.zeros(1, np.float32))]
+    net, errors = checked(tools.chain((1,), *chain)), [Entering(np.full(1, 1e-3)), Entering(np.zeros(2)), Entering(np.zeros(1))]
+    low, high = np.array([[0.5], [-1.0], [-1.0]]), np.array([[1.0], [1.0], [-0.5]])
+    settled, open_, off = chains.deviation(net, errors, low, high)[0]
+    assert settled < 1e-12 and off < 1e-12
+    assert 1e-3 <= open_ <= 1.1e-3  # slopes of the second layer may differ: s d in [0, d] for each of the two
+
+
+def test_forms_are_much_tighter_than_absolute_values(tools):
     rng = np.random.default_rng(0)
     net = checked(network(tools, rng, (2, 16, 16, 16, 16, 1), scale=False))
     chain, _ = chains.chain_of(net)
     errors = [Entering(np.full(len(b), 1e-9 * (k == 1))) for k, b in enumerate(chain.biases)]
     low, high = -0.01 * np.ones((1, 2)), 0.01 * np.ones((1, 2))
     plain = chains.drift(chain, [e.size for e in errors])[-1].max()
-    assert chains.deviation(net, errors, low, high, 0.0)[0][0] < plain / 20
+    assert chains.deviation(net, errors, low, high)[0][0] < plain / 20
 
 
 def test_only_chains(tools):
@@ -234,7 +261,7 @@ def test_hints_that_do_not_hold_are_no_bound(compressed):
     found = joint(f, box, verdicts, wrong, rewrite.eps, 50)
     assert found is None or found.eps > rewrite.eps
     with pytest.raises(CheckError, match="no chain"):
-        chains.deviation(checked_pool(), [Entering(np.zeros(4))], np.zeros((1, 4)), np.ones((1, 4)), 1.0)
+        chains.deviation(checked_pool(), [Entering(np.zeros(4))], np.zeros((1, 4)), np.ones((1, 4)))
 
 
 def checked_pool():
