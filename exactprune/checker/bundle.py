@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from exactprune.checker import boxes, chains, network, records
+from exactprune.checker import boxes, chains, network, records, redundant
 from exactprune.checker.bounds import Bounds
 from exactprune.checker.chains import Entering
 from exactprune.checker.difference import Difference
@@ -50,6 +50,7 @@ class Bundle:
         hints: ``duplicate``, ``line`` and ``relation`` records in order.
         certificate: the original's records, header first, read as they are used.
         split: the ``split`` record: boxes on which the deviation is bounded one by one.
+        forward: neurons of the original that nothing sees (``redundant``), in order; the hints are about what is left.
     """
 
     header: Json
@@ -59,6 +60,7 @@ class Bundle:
     hints: list[Json]
     certificate: Iterator[Json]
     split: Json | None = None
+    forward: tuple[Json, ...] = ()
 
 
 @dataclass(eq=False)
@@ -167,16 +169,19 @@ def read(lines: Iterable[Json]) -> Bundle:
     header, lower, upper = _header(next(stream, None)), *_domain(next(stream, None))
     rewrites: list[Json] = []
     hints: list[Json] = []
+    forward: list[Json] = []
     split: Json | None = None
     for record in stream:
         kind = records.kind_of(record)
         if kind == "header":
-            return Bundle(header, lower, upper, rewrites, hints, _joined(record, stream), split)
+            return Bundle(header, lower, upper, rewrites, hints, _joined(record, stream), split, tuple(forward))
         if kind == "split" and split is None:
             split = record
             continue
-        if kind == "rewrite" and not hints:
+        if kind == "rewrite" and not (hints or forward):
             rewrites.append(record)
+        elif kind == "forward" and not hints:
+            forward.append(record)
         elif kind in HINTS:
             hints.append(record)
         else:
@@ -226,6 +231,8 @@ def _check(f: Network, g: Network, bundle: Bundle, known: Proved | None = None, 
             k, i, claim, why = report.certificate.rejected[0]
             raise CheckError(f"the original's certificate: layer {k}, neuron {i}, {claim}: {why} "
                              f"({len(report.certificate.rejected)} such)")
+        for record in bundle.forward:
+            bounds = redundant.without(bounds, record)
         report.deviation = _deviation(Difference(bounds, g, report.claimed == 0), bundle.hints)
         if bundle.split is not None and report.deviation > report.claimed > 0:
             _only_integers(report, exact)

@@ -105,14 +105,7 @@ def prove(bounds: Bounds, trees: list[Tree], sizes: list[int]) -> list[str]:
 
 
 def _prove_batch(bounds: Bounds, trees: list[Tree], layer: int, sizes: list[int]) -> list[str]:
-    owner = np.repeat(np.arange(len(trees)), [len(t.paths) for t in trees])
-    neurons = np.array([t.neuron for t in trees], np.int64)
-    signs = np.array([t.sign for t in trees], np.int64)
-    values = np.full(len(owner), -np.inf)
-    for sign in (1, -1):
-        chosen = np.flatnonzero(signs[owner] == sign)
-        if len(chosen):
-            values[chosen] = _leaf_values(bounds, trees, layer, sizes, chosen, owner, neurons, sign)
+    values, owner = _all_values(bounds, trees, layer, sizes)
     why = []
     for index, tree in enumerate(trees):
         worst = float(values[owner == index].max())
@@ -122,6 +115,28 @@ def _prove_batch(bounds: Bounds, trees: list[Tree], layer: int, sizes: list[int]
                    if worst <= 0 else f"{int((values[owner == index] > 0).sum())} of {len(tree.paths)} leaves are not "
                    f"proved (the worst bound is {worst:.3g} above 0)")
     return why
+
+
+def worst(bounds: Bounds, trees: list[Tree], layer: int, sizes: list[int]) -> Array:
+    """The largest bound of sign * z_hat in any leaf of each tree of one layer, (trees,); ``bounds`` are not narrowed."""
+    found = np.full(len(trees), -np.inf)
+    for start in range(0, len(trees), 1000):
+        values, owner = _all_values(bounds, trees[start : start + 1000], layer, sizes)
+        np.maximum.at(found, start + owner, values)
+    return found
+
+
+def _all_values(bounds: Bounds, trees: list[Tree], layer: int, sizes: list[int]) -> tuple[Array, Array]:
+    """Bounds of every leaf of all trees, and the tree it belongs to."""
+    owner = np.repeat(np.arange(len(trees)), [len(t.paths) for t in trees])
+    neurons = np.array([t.neuron for t in trees], np.int64)
+    signs = np.array([t.sign for t in trees], np.int64)
+    values = np.full(len(owner), -np.inf)
+    for sign in (1, -1):
+        chosen = np.flatnonzero(signs[owner] == sign)
+        if len(chosen):
+            values[chosen] = _leaf_values(bounds, trees, layer, sizes, chosen, owner, neurons, sign)
+    return values, owner
 
 
 def _leaf_values(bounds: Bounds, trees: list[Tree], layer: int, sizes: list[int], chosen: Array, owner: Array,

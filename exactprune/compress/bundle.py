@@ -81,18 +81,25 @@ def bundle(network: Network, domain: Box, rewrite: Rewrite, certificate: Sequenc
         certificate: records of the original's verdicts, header first.
         verdicts: of the original.
     """
-    hints, proof = [*hints_of(network, rewrite), *_split(rewrite)], list(restricted(certificate))
+    cleared = rewrite.cleared
+    left, seen = (network, ()) if cleared is None else (cleared.network, cleared.records)
+    hints, proof = [*seen, *hints_of(left, rewrite), *_split(rewrite)], list(restricted(certificate))
     claim = _Claim(network, domain, rewrite, hints)
     found = claim.judged(proof, rewrite.level)
     if not found.report.accepted:
         tighter = [*proof, *_tightening(verdicts)]
         again = claim.judged(tighter, rewrite.level)
-        better = again.report.accepted or again.report.deviation < found.report.deviation
+        better = again.report.accepted or _number(again) < _number(found)
         found, proof = (again, tighter) if better else (found, proof)
     deviation = found.report.deviation
     if found.report.accepted or not np.isfinite(deviation):
         return found
     return claim.judged(proof, certified(float(np.nextafter(deviation * 1.001, np.inf))))
+
+
+def _number(found: Bundle) -> float:
+    """The deviation that is proved, infinite where none is."""
+    return float(np.nan_to_num(found.report.deviation, nan=np.inf))
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,11 @@ from exactprune.ops import MaxPool2d, ReLU
 
 def output_of(program: Program, x: Tensor) -> Tensor:
     """Flat float64 output for flat inputs of shape (batch, inputs)."""
+    return values_of(program, x)[program.network.output]
+
+
+def values_of(program: Program, x: Tensor) -> dict[int, Tensor]:
+    """Flat float64 values of every node for flat inputs of shape (batch, inputs)."""
     values = {INPUT: x}
     for position, node in enumerate(program.network.nodes):
         given = [values[i] for i in node.inputs]
@@ -24,7 +29,7 @@ def output_of(program: Program, x: Tensor) -> Tensor:
             values[position] = pool_windows(program, position, given[0]).amax(dim=-1)
         else:
             values[position] = given[0] + given[1]
-    return values[program.network.output]
+    return values
 
 
-__all__ = ["compile_network", "output_of"]
+__all__ = ["compile_network", "output_of", "values_of"]

@@ -32,7 +32,7 @@ class Removal:
         layer: number of the ReLU layer in the original network.
         index: unit in that layer: the flat index of a neuron, or the channel of a convolutional layer.
         rule: ``inactive``, ``constant``, ``zero``, ``unread``, ``linear``, ``duplicate``, ``dependence``, ``merge``, ``fold``,
-            ``relax`` or ``opposite``.
+            ``forward``, ``relax`` or ``opposite``.
         level: what is claimed about it.
         neurons: how many ReLU neurons go with it (1, or height * width of a channel).
     """

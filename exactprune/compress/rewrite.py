@@ -23,6 +23,7 @@ from exactprune.compress.levels import EXACT, Level, certified, upward
 from exactprune.compress.linear import Applied, shrink_linear
 from exactprune.compress.plan import Plan, Removal, plan_exact, removals_of
 from exactprune.compress.reads import unread_inputs
+from exactprune.compress.rules.forward import Cleared, forward_redundant
 from exactprune.compress.skips import promising, skips, split, worthwhile
 from exactprune.compress.twins import absorb_twins
 from exactprune.compress.units import units_of
@@ -73,6 +74,7 @@ class Rewrite:
         budget: the largest deviation that was allowed.
         reach: largest absolute output attained at a point found in D, rounded down; 0 when no budget needed it.
         boxes: the sub-boxes on which the joint deviation is bounded, where that is what the level rests on.
+        cleared: the original without neurons that nothing sees (``rules.forward``), where there are any.
     """
 
     network: Network
@@ -85,6 +87,7 @@ class Rewrite:
     budget: float = 0.0
     reach: float = 0.0
     boxes: Joint | None = None
+    cleared: Cleared | None = None
 
     @property
     def eps(self) -> float:
@@ -125,11 +128,27 @@ def compress_network(network: Network, domain: Box, layers: Sequence[LayerVerdic
         OptionError: verdicts do not fit the network's ReLU layers, or ``max_deviation`` is none of the above.
     """
     _check(network, domain, layers)
-    budget = budget_of(network, domain, max_deviation, data)
+    budget, cleared = budget_of(network, domain, max_deviation, data), forward_redundant(network, domain, layers)
+    found = _compressed(cleared.network, domain, cleared.verdicts, budget)
+    return _with_cleared(found, cleared, network) if cleared.units else found
+
+
+def _compressed(network: Network, domain: Box, layers: Sequence[LayerVerdict], budget: Budget) -> Rewrite:
     found = _with_skips(network, domain, layers, budget)
     if not (budget.eps > 0 and applies(network, domain)):
         return found
     return _tightened(network, domain, layers, _further(network, domain, layers, budget, found))
+
+
+def _with_cleared(rewrite: Rewrite, cleared: Cleared, network: Network) -> Rewrite:
+    """What nothing sees went by this rule, though it is rule ``unread`` that took it out."""
+    gone = {(layer, int(unit)) for layer, units in cleared.units.items() for unit in units}
+    hidden = [r.rule == "unread" and (r.layer, r.index) in gone for r in rewrite.removals]
+    removals = tuple(replace(r, rule="forward") if h else r for r, h in zip(rewrite.removals, hidden, strict=True))
+    steps = tuple(Step("forward", f"layer {layer}: nothing sees {len(units)} neurons that are not stable",
+                       {"layer": layer, "units": [int(u) for u in units]}) for layer, units in cleared.units.items())
+    return replace(rewrite, removals=removals, steps=(*steps, *rewrite.steps), cleared=cleared,
+                   dead_inputs=unread_inputs(network))
 
 
 def _with_skips(network: Network, domain: Box, layers: Sequence[LayerVerdict], budget: Budget) -> Rewrite:

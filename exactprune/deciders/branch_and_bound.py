@@ -108,7 +108,9 @@ class _Node:
 
 
 @dataclass(eq=False)
-class _Problem:
+class Problem:
+    """One question on its way: its open nodes, and the tree so far."""
+
     neuron: int
     sign: int
     open: deque[_Node] = field(default_factory=deque)
@@ -147,7 +149,7 @@ class BranchAndBound:
         self.program, self.known, self.rows, self.refute, self.limits = program, known, rows, refute, limits
         self.node_lp, self.progress = node_lp, progress
         self.layer = rows.layer
-        self.problems = [_Problem(int(n), int(s)) for n, s in zip(rows.neurons.tolist(), rows.signs.tolist(), strict=True)]
+        self.problems = [Problem(int(n), int(s)) for n, s in zip(rows.neurons.tolist(), rows.signs.tolist(), strict=True)]
         self.unstable = {k: self._unstable(k) for k in rows.alpha}
 
     def run(self) -> list[Decision]:
@@ -175,7 +177,7 @@ class BranchAndBound:
         for i, problem in enumerate(self.problems):
             self._file(problem, 0, (), solved, i)
 
-    def _round(self, active: Sequence[_Problem]) -> None:
+    def _round(self, active: Sequence[Problem]) -> None:
         share = max(1, self.limits.batch // (2 * len(active)))
         picked: list[_Node] = []
         for problem in sorted(active, key=lambda p: len(p.open)):
@@ -230,7 +232,7 @@ class BranchAndBound:
                 self.problems[problems[i]].refuted = True
         return solved
 
-    def _file(self, problem: _Problem, place: int, splits: Splits, solved: Optimised, row: int) -> None:
+    def _file(self, problem: Problem, place: int, splits: Splits, solved: Optimised, row: int) -> None:
         problem.nodes += 1
         bound = float(solved.bound[row])
         if bound <= 0:
@@ -246,7 +248,7 @@ class BranchAndBound:
         index = self.problems.index(problem)
         problem.open.append(_Node(index, place, splits, alpha, beta, bound, branch))
 
-    def _closed_by_lp(self, problem: _Problem, place: int, splits: Splits) -> bool:
+    def _closed_by_lp(self, problem: Problem, place: int, splits: Splits) -> bool:
         """Whether a node's LP closes it: by a bound with multipliers, or by a counterexample that settles the problem."""
         if self.node_lp is None:
             return False
@@ -288,13 +290,13 @@ class BranchAndBound:
 
     # -- results -------------------------------------------------------------------------------------------------------
 
-    def _decision(self, problem: _Problem) -> Decision:
+    def _decision(self, problem: Problem) -> Decision:
         bound = max([node.bound for node in problem.open], default=0.0)
         proved = not problem.refuted and not problem.open and not problem.reason
         tree = self._tree(problem) if proved else None
         return Decision(problem.neuron, problem.sign, tree, problem.refuted, problem.reason, bound, problem.nodes)
 
-    def _tree(self, problem: _Problem) -> Tree:
+    def _tree(self, problem: Problem) -> Tree:
         splits: list[tuple[int, int] | None] = []
         leaves: list[Multipliers] = []
         stack = [0]

@@ -131,7 +131,7 @@ def run_task(setting: Setting, task: Task) -> TaskResult:
     refuter = _Refuter(ready.forward, ready.errors, setting.layer)
     deadline = monotonic() + task.seconds
     limits = Limits(deadline, nodes=task.nodes, lp_after=task.lp_after, batch=_batch(program, rows, setting.memory))
-    search = BranchAndBound(program, known, rows, refuter, limits, _node_lp(setting, deadline, ready.state.at(setting.layer)))
+    search = BranchAndBound(program, known, rows, refuter, limits, node_lp(setting, deadline, ready.state.at(setting.layer)))
     return TaskResult(tuple(search.run()), refuter.points())
 
 
@@ -160,7 +160,7 @@ class _Refuter:
         return np.array(list(self.found.values())).reshape(-1, self.forward.inputs)
 
 
-def _node_lp(setting: Setting, deadline: float, interval: NodeBounds) -> NodeLP | None:
+def node_lp(setting: Setting, deadline: float, interval: NodeBounds) -> NodeLP | None:
     """LP relaxations of nodes, on one warm LP that is built when first needed; None where bounds have overflowed.
 
     ``interval`` bounds the asked layer: an LP that is cut short may know less.

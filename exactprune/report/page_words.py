@@ -38,6 +38,7 @@ RULES = {
     "merge": "it is on for every input of the domain, so it is linear there; fewer linear units stand for it and others",
     "fold": "every neuron of its layer is linear on the domain; the layer was folded into the next one",
     "opposite": "it is a negative multiple of another neuron, which together with a linear unit stands for it",
+    "forward": "wherever it is active, everything that reads it is off, with it and without it",
     "relax": "it is so nearly linear on the domain that a linear unit stands for it, with a certified deviation",
 }
 
