@@ -84,15 +84,16 @@ def promising(network: Network, verdicts: Sequence[LayerVerdict]) -> list[int]:
             if s.source in busy or any(r in busy for r in network.readers[s.add] if isinstance(network.nodes[r].op, ReLU))]
 
 
-def worthwhile(candidates: Sequence[int], size: Callable[[Sequence[int]], Size]) -> list[int]:
+def worthwhile(candidates: Sequence[int], size: Callable[[Sequence[int]], Size], most: int = 100) -> list[int]:
     """A set of skips that leaves the smallest network found: all of them, less those that do not pay, or none.
 
     Args:
         candidates: skips by number.
+        most: so many are left out one by one to see whether they pay, the first ones.
         size: of what is left of the network with some of them split: parameters first, multiply-accumulates last.
     """
     kept, best = list(candidates), size(candidates) if candidates else (0, 0, 0)
-    for skip in candidates:
+    for skip in candidates[:most]:
         fewer = [s for s in kept if s != skip]
         if (without := size(fewer)) <= best:
             kept, best = fewer, without
