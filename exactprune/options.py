@@ -41,7 +41,7 @@ class VerifyOptions:
     Attributes:
         exact: Decide the neurons that bounds and witnesses leave open; without it they stay unknown.
         decider: What decides open neurons; auto picks by size and measured progress.
-        time_limit: Seconds for the whole exact stage; whatever is open then stays unknown.
+        time_limit: Seconds for the search; interval bounds and the certificate come on top.
         jobs: Worker processes for the exact stage.
         executor: Where the exact stage runs: serial, process or dask://HOST:PORT (several jobs: at least process).
         device: Where bounds are computed: cpu, cuda, or cuda:N.

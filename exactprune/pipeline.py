@@ -215,7 +215,6 @@ def verify(network: Network, domain: Box | None = None, options: VerifyOptions |
         cascade.run()
     if keeper is not None:
         keeper.write(cascade)
-    progress.stage("certificate")
     versions = _versions()
     certified = certify(cascade, versions, options.certificate_cap)
     stages = [Stage(s.name, s.seconds, s.settled, s.detail) for s in cascade.stages]

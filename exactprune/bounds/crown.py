@@ -12,7 +12,7 @@ device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -214,7 +214,7 @@ def start_error(program: Program, layer: int, neurons: Tensor, known: Mapping[in
 
 def crown_rows(program: Program, layer: int, neurons: Tensor, known: Mapping[int, NodeBounds],
                relaxations: Mapping[int, Relaxation], memory: int = 1 << 31,
-               sensitivity: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+               sensitivity: list[Tensor] | None = None, moved: Callable[[int], None] | None = None) -> tuple[Tensor, Tensor]:
     """CROWN bounds of some neurons of a ReLU layer.
 
     Args:
@@ -226,13 +226,14 @@ def crown_rows(program: Program, layer: int, neurons: Tensor, known: Mapping[int
         memory: bytes the pass may use.
         sensitivity: if given, a tensor (groups, len(neurons), inputs) is appended: abs of the coefficients on the input, both
             sides added.
+        moved: told how many neurons were done, after every part (one box only).
 
     Returns:
         (lower, upper), each (groups, len(neurons)); infinite where the arithmetic failed.
     """
     groups = len(known[INPUT].lower)
     if groups == 1 and sensitivity is None and neurons.numel():
-        return _one_box(program, layer, neurons, known, relaxations, memory)
+        return _one_box(program, layer, neurons, known, relaxations, memory, moved)
     bounds = torch.full((2, groups, len(neurons)), torch.inf, dtype=torch.float64, device=program.device)
     if sensitivity is not None:
         sensitivity.append(bounds.new_zeros(groups, len(neurons), program.size(INPUT)))
@@ -252,7 +253,7 @@ def crown_rows(program: Program, layer: int, neurons: Tensor, known: Mapping[int
 
 
 def _one_box(program: Program, layer: int, neurons: Tensor, known: Mapping[int, NodeBounds],
-             relaxations: Mapping[int, Relaxation], memory: int) -> tuple[Tensor, Tensor]:
+             relaxations: Mapping[int, Relaxation], memory: int, moved: Callable[[int], None] | None) -> tuple[Tensor, Tensor]:
     """``crown_rows`` by ``single.Columns``."""
     given, parts, order = constants(program, layer, known, relaxations), [], []
     for tile, window in tiles(program, layer, neurons):
@@ -261,7 +262,10 @@ def _one_box(program: Program, layer: int, neurons: Tensor, known: Mapping[int, 
         where, cut, local = program, given, neurons
         if seen is not None:
             where, cut, local = seen.program, given.within(seen), seen.local(neurons.index_select(0, tile))
-        parts += [_columns_part(where, cut, layer, part) for part in local.split(_step(where, layer, 1, memory))]
+        for part in local.split(_step(where, layer, 1, memory)):
+            parts.append(_columns_part(where, cut, layer, part))
+            if moved is not None:
+                moved(len(part))
     bounds = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     if len(order) > 1:
         bounds = torch.empty_like(bounds).index_copy_(1, torch.cat(order), bounds)

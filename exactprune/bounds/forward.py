@@ -431,6 +431,34 @@ def _cone(network: Network, position: int, indices: np.ndarray) -> dict[int, np.
     return needed
 
 
+def exact_cost(network: Network, layer: int) -> int:
+    """About how many products one exact pre-activation of a layer takes: those of its cone of influence."""
+    position = network.nodes[network.relus[layer]].inputs[0]
+    extents: dict[int, tuple[int, ...]] = {position: (1,) * len(network.shape_of(position))}
+    cost = 0
+    for i in range(position, INPUT, -1):
+        if i not in extents:
+            continue
+        op, shape = network.nodes[i].op, network.shape_of(network.nodes[i].inputs[0])
+        extent = extents[i]
+        read = _read(op, extent, shape)
+        if isinstance(op, Affine | Conv2d):
+            cost += prod(extent) * prod(op.weight.shape[1:])
+        for source in network.nodes[i].inputs:
+            extents[source] = tuple(map(max, extents.get(source, read), read))
+    return cost
+
+
+def _read(op: Op, extent: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Extents of what an operator reads for outputs of some extents; the whole tensor where layouts change."""
+    if isinstance(op, Conv2d | MaxPool2d | AvgPool2d):
+        dilation = (1, 1) if isinstance(op, AvgPool2d) else op.dilation
+        sides = [(n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(extent[1:], op.stride, op.kernel, dilation, strict=True)]
+        channels = extent[0] if not isinstance(op, Conv2d) else op.weight.shape[1] if extent[0] == 1 else shape[0]
+        return tuple(map(min, (channels, *sides), shape))
+    return shape if isinstance(op, Affine | Reshape | Transpose | Pad) else extent
+
+
 def exact_preactivations(network: Network, x: np.ndarray, layer: int,
                          indices: Sequence[int] | np.ndarray) -> list[Fraction]:
     """Pre-activations as rationals, with Python integers on the cone of influence only.

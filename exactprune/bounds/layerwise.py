@@ -6,6 +6,7 @@ after the other, so every later layer profits from what the earlier ones learned
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -56,10 +57,10 @@ class Layerwise:
         found = (bounds.lower < 0) & (bounds.upper > 0)
         return torch.nonzero(found[0] if len(found) == 1 else found.any(dim=0))[:, 0]
 
-    def crown(self, layer: int, neurons: Tensor) -> None:
-        """Narrow some rows by CROWN."""
+    def crown(self, layer: int, neurons: Tensor, moved: Callable[[int], None] | None = None) -> None:
+        """Narrow some rows by CROWN; ``moved`` is told how many are done."""
         if len(neurons):
-            lower, upper = crown_rows(self.program, layer, neurons, self.known, self.relaxations, self.memory)
+            lower, upper = crown_rows(self.program, layer, neurons, self.known, self.relaxations, self.memory, moved=moved)
             self.narrow(layer, neurons, lower, upper)
 
     def narrow(self, layer: int, neurons: Tensor, lower: Tensor, upper: Tensor) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exactprune.bounds.forward import Activation, Forward, certain_sign, exact_preactivation
+from exactprune.bounds.forward import Activation, Forward, certain_sign, exact_cost, exact_preactivation
 from exactprune.claim import Method
 from exactprune.domain import Box
 from exactprune.errors import OptionError
@@ -35,7 +35,7 @@ from exactprune.network import INPUT, Network
 from exactprune.ops import MaxPool2d, ReLU, frozen
 
 Masks = tuple[np.ndarray, np.ndarray]
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[int], None]
 
 GRID_BITS = 14
 CHUNK = {"cpu": 512, "cuda": 8192}
@@ -43,6 +43,8 @@ POOL = 256
 FIRST_SAMPLES = 64
 COVER_LIMIT = 1 << 26
 ALL_CORNERS = 12
+SAMPLE_FLOPS = 5e10  # of evaluating random points, and of evaluating corners beyond their own layer, at most
+EXACT_PRODUCTS = 20_000_000  # of Python integers, that settling signs exactly may take in total: some seconds
 HOT_COLD_LONG_SHORT = ((-3.0, 0.5), (-3.0, 0.0), (-1.0, 0.0), (-3.0, -1.3))
 
 
@@ -126,6 +128,9 @@ class _Ledger:
         self.point[indices] = point
         self.method[indices] = method
         self.need[torch.as_tensor(indices, device=self.need.device)] = False
+
+
+_Doubt = tuple[_Ledger, Tensor, Tensor]  # neurons, and the row of a batch where each takes its largest value
 
 
 def _ledger(layer: int, sign: int, error: Tensor) -> _Ledger:
@@ -218,7 +223,8 @@ class WitnessSearch:
         self.forward = forward or Forward(network, device)
         self.memory = memory
         self._rng = np.random.default_rng(seed)
-        self._exact_left = exact_limit
+        self._exact_left, self._products_left = exact_limit, EXACT_PRODUCTS
+        self._exact_costs: dict[int, int] = {}
         self._lower = self.forward.tensor(self.box.lower[None])[0]
         self._upper = self.forward.tensor(self.box.upper[None])[0]
         width = self._upper - self._lower
@@ -319,13 +325,15 @@ class WitnessSearch:
         return self.try_points(self.quantise(points), Method.DATA) + self.try_points(points, Method.DATA)
 
     def sample(self, count: int = 1024) -> int:
-        """Random points (see ``random_points``), at most ``count``, in growing batches until one shows nothing new.
+        """Random points (see ``random_points``), at most ``count`` (fewer in large networks).
 
-        Few inputs: all corners too. Returns the number of new witnesses.
+        They come in growing batches until one shows nothing new. Few inputs: all corners too. Returns the number of new
+        witnesses.
         """
         found = 0
         if self.forward.inputs <= ALL_CORNERS:
             found = self.try_points(self._all_corners(), Method.SAMPLE)
+        count = min(count, max(FIRST_SAMPLES, int(SAMPLE_FLOPS / (2 * self.network.macs + 1))))
         done, size, fresh = 0, FIRST_SAMPLES, 1
         while done < count and fresh and self.missing():
             size = min(size, count - done)
@@ -346,22 +354,31 @@ class WitnessSearch:
         share = np.where(kind < 0.25, uniform, np.where(kind < 0.75, corner, corner * uniform))
         return self._between(torch.as_tensor(share, device=self._lower.device))
 
-    def corners(self) -> int:
+    def corners(self, progress: Progress | None = None) -> int:
         """The maximising and minimising corner of every open neuron whose pre-activation is affine in the input.
 
         Exact there: a neuron without a witness afterwards does not take that sign, but for signs of coefficients lost
-        to rounding where several affine operators follow each other. Returns the number of new witnesses.
+        to rounding where several affine operators follow each other. ``progress`` is called with the number of neurons after
+        every batch. Returns the number of new witnesses.
         """
-        return sum(self._layer_corners(k, sign) for k in self._affine_layers() for sign in (0, 1))
+        return sum(self._layer_corners(k, side, progress) for k in self._affine_layers() for side in (0, 1))
 
-    def _layer_corners(self, layer: int, side: int) -> int:
-        ledger, found = self._ledgers[layer][side], 0
+    def corner_targets(self) -> int:
+        """How many neurons and signs ``corners`` would look at."""
+        return sum(int(ledger.need.sum()) for k in self._affine_layers() for ledger in self._ledgers[k])
+
+    def _layer_corners(self, layer: int, side: int, progress: Progress | None) -> int:
+        ledger, found, left = self._ledgers[layer][side], 0, SAMPLE_FLOPS
         order = ledger.open_indices()
-        for part in order.split(self._rows(layer)):
-            part = part[ledger.need[part]]
+        for batch in order.split(self._rows(layer)):
+            if progress:
+                progress(len(batch))
+            part = batch[ledger.need[batch]]
             if part.numel():
                 ascent = _packed(self._rows_of_affine(layer, part) * ledger.sign)
-                found += self.try_points(torch.where(ascent > 0, self._upper, self._lower), Method.CORNER)
+                found += self.try_points(torch.where(ascent > 0, self._upper, self._lower), Method.CORNER,
+                                         None if left > 0 else layer + 1)
+                left -= 2.0 * self.network.macs * len(ascent)
         return found
 
     def _rows_of_affine(self, layer: int, indices: Tensor) -> Tensor:
@@ -381,7 +398,8 @@ class WitnessSearch:
     # -- ascent --------------------------------------------------------------------------------------------------------
 
     def ascent(self, open: Sequence[Masks] | None = None, *, steps: int = 20, restarts: int = 4, rounds: int = 5,
-               first: int = 0, time_limit: float | None = None, progress: Progress | None = None) -> int:
+               first: int = 0, time_limit: float | None = None, patience: int | None = None,
+               progress: Progress | None = None) -> int:
         """Gradient ascent with a surrogate slope for every neuron and sign that lacks a witness.
 
         Round t makes ``restarts * 2^t`` starts (16 times at most) of ``steps * (1 + t)`` steps (4 times at most) for
@@ -394,7 +412,9 @@ class WitnessSearch:
             rounds: at most.
             first: number of the first round, to go on where an earlier call ended.
             time_limit: seconds after which no new batch is begun (results then depend on the machine's speed).
-            progress: called with ("ascent", layer, new witnesses so far) after every layer.
+            patience: so many targets of a layer in a row without a witness, and the rest of it is left. The most promising
+                come first: those whose best known value is nearest to the sign wanted, in standard deviations.
+            progress: called with the number of targets after every batch of them.
 
         Returns:
             number of new witnesses.
@@ -405,9 +425,7 @@ class WitnessSearch:
             before = found
             for layer in range(len(self._ledgers)):
                 found += self._ascend_layer(layer, open[layer] if open else None, steps * min(1 + turn, 4),
-                                            restarts << min(turn, 4), end)
-                if progress:
-                    progress("ascent", layer, found)
+                                            restarts << min(turn, 4), end, patience, progress)
             if (turn >= 4 and found == before) or perf_counter() > end or not self.missing():
                 break
         return found
@@ -423,19 +441,28 @@ class WitnessSearch:
             signs.append(torch.full_like(neurons[-1], ledger.sign))
         return torch.cat(neurons), torch.cat(signs)
 
-    def _ascend_layer(self, layer: int, masks: Masks | None, steps: int, restarts: int, end: float) -> int:
+    def _ascend_layer(self, layer: int, masks: Masks | None, steps: int, restarts: int, end: float, patience: int | None,
+                      progress: Progress | None) -> int:
         neurons, signs = self._wanted(layer, masks)
         if not neurons.numel():
             return 0
-        pool, found = self._pool(), 0
+        pool, found, barren = self._pool(), 0, 0
         with torch.no_grad():
             scores = self.forward.preactivations(pool, layer)[layer]
-        for part in torch.arange(neurons.numel(), device=neurons.device).split(max(1, self._rows(layer) // restarts)):
+        order = torch.arange(neurons.numel(), device=neurons.device)
+        if patience is not None:
+            order = _promise(scores, neurons, signs).argsort(descending=True, stable=True)
+        for part in order.split(max(1, self._rows(layer) // restarts)):
             neuron, sign = neurons[part], signs[part]
             still = self._needed(layer, neuron, sign)
             neuron, sign = neuron[still], sign[still]
-            if neuron.numel() and perf_counter() <= end:
-                found += self._climb(layer, self._climbers(neuron, sign, scores, pool, restarts), steps)
+            if perf_counter() > end or (patience is not None and barren >= patience):
+                break
+            if neuron.numel():
+                fresh = self._climb(layer, self._climbers(neuron, sign, scores, pool, restarts), steps)
+                found, barren = found + fresh, 0 if fresh else barren + neuron.numel()
+            if progress:
+                progress(part.numel())
         return found
 
     def _needed(self, layer: int, neuron: Tensor, sign: Tensor) -> Tensor:
@@ -525,7 +552,7 @@ class WitnessSearch:
         """Records certain signs of a batch; returns how many are new."""
         hits: list[Tensor] = []
         owners: list[tuple[_Ledger, Tensor]] = []
-        doubtful: list[tuple[_Ledger, Tensor, Tensor]] = []
+        doubtful: list[_Doubt] = []
         if not len(x):
             return 0
         for z_hat, pair in zip(values, self._ledgers, strict=False):
@@ -543,7 +570,7 @@ class WitnessSearch:
                 if bool(unsure.any()):
                     doubtful.append((ledger, index[unsure], row[unsure]))
         found = self._record(hits, owners, x, method) if hits else 0
-        return found + sum(self._settle(*item, x, method) for item in doubtful)
+        return found + (self._settle(doubtful, x, method) if doubtful else 0)
 
     def _record(self, hits: list[Tensor], owners: list[tuple[_Ledger, Tensor]], x: Tensor, method: Method) -> int:
         ledger_of = np.repeat(np.arange(len(owners)), [index.numel() for _, index in owners])
@@ -559,25 +586,49 @@ class WitnessSearch:
         self._points.append(x.detach().cpu().numpy().copy())
         return len(self._points) - 1
 
-    def _settle(self, ledger: _Ledger, index: Tensor, row: Tensor, x: Tensor, method: Method) -> int:
+    def _settle(self, doubtful: Sequence[_Doubt], x: Tensor, method: Method) -> int:
         """Signs that the error bound for the whole box leaves open: the bound at the point, then exact arithmetic."""
-        used, place = row.unique(return_inverse=True)
-        values, errors = self.forward.with_errors(x[used], ledger.layer)
-        signed = values[ledger.layer][place, index] * ledger.sign
-        sure = (signed > errors[ledger.layer][place, index]) & signed.isfinite()
-        ledger.tried[index] = torch.maximum(ledger.tried[index], signed.nan_to_num(torch.inf))
+        used = torch.cat([row for _, _, row in doubtful]).unique()
+        values, errors = self.forward.with_errors(x[used], max(ledger.layer for ledger, _, _ in doubtful))
+        hits: list[Tensor] = []
+        owners: list[tuple[_Ledger, Tensor]] = []
+        rest: list[_Doubt] = []
+        for ledger, index, row in doubtful:
+            signed = values[ledger.layer][:, index] * ledger.sign
+            best = signed.gather(0, torch.searchsorted(used, row)[None])[0]
+            ledger.tried[index] = torch.maximum(ledger.tried[index], best.nan_to_num(torch.inf))
+            certain = (signed > errors[ledger.layer][:, index]) & signed.isfinite()
+            sure = certain.any(dim=0)
+            hits.append(certain[:, sure])
+            owners.append((ledger, index[sure]))
+            rest.append((ledger, index[~sure], row[~sure]))
+        return self._record(hits, owners, x[used], method) + sum(self._confirm(*item, x, method) for item in rest)
+
+    def _confirm(self, ledger: _Ledger, index: Tensor, row: Tensor, x: Tensor, method: Method) -> int:
+        """Exact arithmetic for single signs, while there is effort left for it."""
         found = 0
         for i in range(index.numel()):
-            if bool(sure[i]) or self._confirmed(ledger, int(index[i]), x[row[i]]):
+            if not self._affords(ledger.layer):
+                break
+            if self._confirmed(ledger, int(index[i]), x[row[i]]):
                 ledger.record(index[i:i + 1].cpu().numpy(), self._store(x[row[i]]), method)
                 found += 1
         return found
 
+    def _affords(self, layer: int) -> bool:
+        if layer not in self._exact_costs:
+            self._exact_costs[layer] = exact_cost(self.network, layer)
+        return self._exact_left > 0 and self._exact_costs[layer] <= self._products_left
+
     def _confirmed(self, ledger: _Ledger, neuron: int, x: Tensor) -> bool:
-        if self._exact_left <= 0:
-            return False
-        self._exact_left -= 1
+        self._exact_left, self._products_left = self._exact_left - 1, self._products_left - self._exact_costs[ledger.layer]
         return exact_preactivation(self.network, x.cpu().numpy(), ledger.layer, neuron) * ledger.sign > 0
+
+
+def _promise(scores: Tensor, neurons: Tensor, signs: Tensor) -> Tensor:
+    """The largest value of the sign wanted among some points, in standard deviations; scores (points, neurons of the layer)."""
+    signed = scores[:, neurons] * signs
+    return signed.amax(dim=0) / signed.std(dim=0, correction=0).clamp_min(1e-300)
 
 
 def _packed(rows: Tensor) -> Tensor:

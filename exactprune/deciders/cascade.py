@@ -37,7 +37,10 @@ ASCEND_AFTER = 2048  # boxes of input splitting, before gradient ascent is asked
 MANY_QUESTIONS = 64  # above this, more restarts come before branch and bound
 NODE_ROUNDS = (1024, 32_768, 1 << 22)  # nodes a layer, shared by its questions, 32 each at least
 ALPHA_STEPS = 20
-TIGHTEN_FLOPS = 1e12  # for tightening rows that already have witnesses, a layer
+CROWN_FLOPS = 1e11  # of CROWN between two looks at the clock
+PATIENCE = 1024  # targets of an ascent in a row that find nothing, the most promising first, before a layer is left
+BARREN = 512  # questions of alpha-CROWN in a row that are not settled, the most promising first, before a layer is left
+TIGHTEN_FLOPS = 3e11  # for tightening rows that already have witnesses, a layer
 BITS = (16, 24, 40)
 
 RunTasks = Callable[[Setting, Sequence[Task]], Iterable[tuple[int, TaskResult]]]
@@ -67,7 +70,8 @@ class Effort:
         exact: decide what bounds and witnesses leave open.
         decider: ``auto``, ``branch-and-bound``, ``lp``, ``input-split``, or a solver that only suggests (``milp``,
             ``scaling-up``, ``leo``).
-        time_limit: seconds for the exact stage.
+        time_limit: seconds for everything but interval bounds and the certificate, counted from the start; what comes before the
+            exact stage gets half of them.
         memory: bytes.
         device: torch device.
         seed: of every random choice.
@@ -156,16 +160,19 @@ class Cascade:
         self.stages: list[StageTime] = []
         self.sharpened = False
         self.before_split: dict[int, NodeBounds] = {}
+        self.began = monotonic()
         self.adopted = 0  # so many of the proofs are from an earlier run's file
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Everything, in order."""
+        self.began = monotonic()
         with self._stage("witnesses"):
             if self.data is not None:
                 self.search.data(self.data)
-            self.search.corners()  # those of the first layer show most signs of all layers
+            self.progress.stage("witnesses", self.search.corner_targets())
+            self.search.corners(self.progress.advance)  # those of the first layer show most signs of all layers
             self.search.sample(1024)
         for layer in range(self.program.layers):
             self._bounds(layer)
@@ -193,9 +200,9 @@ class Cascade:
         self._note_unstable()
 
     @contextmanager
-    def _stage(self, name: str, detail: str = "") -> Iterator[None]:
+    def _stage(self, name: str, detail: str = "", total: int | None = None) -> Iterator[None]:
         began, before = perf_counter(), self._open_count()
-        self.progress.stage(name)
+        self.progress.stage(name, total)
         yield
         self._note_unstable()
         self.stages.append(StageTime(name, perf_counter() - began, before - self._open_count(), detail))
@@ -224,15 +231,35 @@ class Cascade:
             self._settle_by_bounds(layer, Method.INTERVAL)
         rows = self.state.open_rows(layer)
         if len(rows) and not first_is_exact(self.program, layer):
-            with self._stage(f"crown {name}", f"{len(rows)} rows"):
-                self.state.crown(layer, rows)
+            with self._stage(f"crown {name}", f"{len(rows)} rows", len(rows)):
+                rows = self._crown(layer, rows)
                 proved = self._settle_by_bounds(layer, Method.CROWN)
                 needed = rows.cpu().numpy() if layer + 1 < self.program.layers else proved
                 if len(needed):
                     self.proofs.append(_Fixed(crown_record(layer, needed)))
-        if any(mask.any() for mask in self.search.lacking(layer)):
-            with self._stage(f"ascent {name}"):
-                self.search.ascent(self._only(layer), rounds=1)
+        targets, left = sum(int(mask.sum()) for mask in self.search.lacking(layer)), self._prepares_until() - monotonic()
+        if targets and left > 0:
+            with self._stage(f"ascent {name}", f"{targets} targets", targets):
+                self.search.ascent(self._only(layer), rounds=1, patience=PATIENCE, time_limit=left,
+                                   progress=self.progress.advance)
+
+    def _crown(self, layer: int, rows: Tensor) -> Tensor:
+        """CROWN for some rows, the most promising first, as far as time allows; returns those that were done."""
+        cost = 4.0 * self.network.macs  # of a row, at most: two sides
+        size = max(1, int(CROWN_FLOPS / (cost + 1)))
+        if len(rows) > size:
+            rows = rows[torch.tensor(self._by_promise(layer, rows.cpu().numpy()), device=rows.device)]
+        done = 0
+        for part in rows.split(size):
+            if done and monotonic() > self._prepares_until():
+                break
+            self.state.crown(layer, part, self.progress.advance)
+            done += len(part)
+        return rows[:done]
+
+    def _prepares_until(self) -> float:
+        """When CROWN, ascent and alpha-CROWN have to leave the rest of the time to the exact stage."""
+        return self.began + (0.5 if self.effort.exact else 1.0) * self.effort.time_limit
 
     def _sharpen(self, layer: int) -> None:
         """CROWN again over what was sharpened since, then alpha-CROWN."""
@@ -241,10 +268,10 @@ class Cascade:
         name = self.network.nodes[self.network.relus[layer]].name
         rows = np.unique(self._questions(layer)[0])
         if self.sharpened and len(rows):
-            with self._stage(f"crown {name}", f"{len(rows)} rows again"):
+            with self._stage(f"crown {name}", f"{len(rows)} rows again", len(rows)):
                 self.state.relaxations.clear()
                 self.state.enter(layer)
-                self.state.crown(layer, torch.tensor(rows, device=self.program.device))
+                rows = self._crown(layer, torch.tensor(rows, device=self.program.device)).cpu().numpy()
                 self.proofs.append(_Fixed(crown_record(layer, rows)))
                 self._settle_by_bounds(layer, Method.CROWN)
         self._alpha(layer, name)
@@ -272,16 +299,37 @@ class Cascade:
         return np.concatenate([plus, minus]), np.concatenate([np.ones(len(plus), np.int64), -np.ones(len(minus), np.int64)])
 
     def _alpha(self, layer: int, name: str) -> None:
-        neurons, signs = self._questions(layer)
-        extra = self._tighten(layer, neurons, signs)
-        neurons, signs = np.concatenate([neurons, extra[0]]), np.concatenate([signs, extra[1]])
-        if not len(neurons):
+        questions = self._questions(layer)
+        extra, order = self._tighten(layer, *questions), self._by_promise(layer, *questions)
+        rows = len(order) + len(extra[0])
+        if not rows or monotonic() > self._prepares_until():
             return
-        with self._stage(f"alpha-crown {name}", f"{len(neurons)} rows"):
-            step = max(1, int(self.effort.memory // (8 * 30 * max(self.program.sizes) * max(1, layer))))
-            for at in range(0, len(neurons), min(step, 512)):
-                part = slice(at, at + min(step, 512))
-                self._alpha_part(layer, neurons[part], signs[part])
+        with self._stage(f"alpha-crown {name}", f"{rows} rows", rows):
+            self._alpha_rows(layer, questions[0][order], questions[1][order], BARREN)
+            self._alpha_rows(layer, *extra)
+
+    def _by_promise(self, layer: int, neurons: np.ndarray, signs: np.ndarray | None = None) -> np.ndarray:
+        """Order of questions: first those whose bound is nearest to settling them, in parts of the neuron's range.
+
+        Without ``signs``, the nearer of the two bounds counts.
+        """
+        bounds = self.state.at(layer)
+        lower, upper = bounds.lower[0].cpu().numpy()[neurons], bounds.upper[0].cpu().numpy()[neurons]
+        with np.errstate(all="ignore"):
+            away = (np.minimum(upper, -lower) if signs is None else np.where(signs > 0, upper, -lower)) / (upper - lower)
+        return np.argsort(np.nan_to_num(away, nan=np.inf), kind="stable")
+
+    def _alpha_rows(self, layer: int, neurons: np.ndarray, signs: np.ndarray, patience: float = float("inf")) -> None:
+        """alpha-CROWN on some rows, in parts; ends early when that settles nothing any more, or for lack of time."""
+        step = min(512, max(1, int(self.effort.memory // (8 * 30 * max(self.program.sizes) * max(1, layer)))))
+        barren = 0
+        for at in range(0, len(neurons), step):
+            if barren >= patience or monotonic() > self._prepares_until():
+                return
+            part, before = slice(at, at + step), len(self._questions(layer)[0])
+            self._alpha_part(layer, neurons[part], signs[part])
+            barren = 0 if len(self._questions(layer)[0]) < before else barren + len(neurons[part])
+            self.progress.advance(len(neurons[part]))
 
     def _tighten(self, layer: int, neurons: np.ndarray, signs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows worth tightening though they have witnesses: unstable neurons that later layers depend on."""
@@ -338,17 +386,17 @@ class Cascade:
     # -- exact ---------------------------------------------------------------------------------------------------------
 
     def _exact(self) -> None:
-        deadline = monotonic() + self.effort.time_limit
+        deadline = self.began + self.effort.time_limit
         decider = self.effort.decider
         if decider == "lp":
             self._phase_round(1, deadline, lp_after=0)
             return
-        if decider != "auto" and self._open_count() and self.suggest is not None:
+        if decider != "auto" and self._open_count() and self.suggest is not None and monotonic() < deadline:
             self._suggestions(deadline - monotonic())
         few = self.program.size(-1) <= FEW_INPUTS
         if self._open_count() and (decider == "input-split" or (decider == "auto" and few)):
             share = 1.0 if decider == "input-split" else 0.85
-            self._input_split(monotonic() + share * self.effort.time_limit)
+            self._input_split(monotonic() + share * max(0.0, deadline - monotonic()))
         if decider == "input-split":
             return
         many = sum(len(self._questions(k)[0]) for k in range(self.program.layers)) > MANY_QUESTIONS
@@ -365,7 +413,7 @@ class Cascade:
     def _ascend_harder(self) -> None:
         """More restarts for what is still open; where a proof is likely the first round of branch and bound has found it."""
         masks = self._lacking()
-        if any(mask.any() for pair in masks for mask in pair):
+        if monotonic() < self.began + self.effort.time_limit and any(mask.any() for pair in masks for mask in pair):
             with self._stage("ascent", "more restarts"):
                 self._ascend(masks, 60.0)
 
@@ -513,7 +561,9 @@ class Cascade:
                 self.layers[found.layer].reasons[s.neuron] = s.reason
 
     def _explain(self) -> None:
-        why = "left open by bounds and witnesses" if self.effort.exact else "left open by bounds and witnesses (no exact stage)"
+        why = "left open by bounds and witnesses" + ("" if self.effort.exact else " (no exact stage)")
+        if monotonic() > self.began + self.effort.time_limit:
+            why += ", time limit"
         for layer in self.layers:
             for i in np.flatnonzero(layer.status == Status.UNKNOWN).tolist():
                 layer.reasons.setdefault(i, why)

@@ -8,17 +8,18 @@ that neuron (and, from the second round on, all lemmas) are written with more; a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from exactprune import checker
-from exactprune.bounds.layerwise import crown_bounds
 from exactprune.bounds.witness import Witnesses
+from exactprune.checker.bounds import Bounds
+from exactprune.checker.engine import proved
+from exactprune.checker.network import CheckError
 from exactprune.claim import LayerVerdict, Method, Status
-from exactprune.deciders.cascade import BITS, Cascade
+from exactprune.deciders.cascade import BITS, Cascade, Progress
 from exactprune.deciders.input_split import Question
 from exactprune.deciders.proofs import Record, Tree, crown_record, pack, pack_integers
 from exactprune.domain import Box
@@ -61,7 +62,8 @@ def certify(cascade: Cascade, versions: Mapping[str, str], cap: int) -> Certifie
     seconds, rejected, rounds = 0.0, 0, 0
     while True:
         records = draft.records()
-        report = checker.check(cascade.network, cascade.box.lower, cascade.box.upper, records, exact=True)
+        cascade.progress.stage("certificate", len(records))
+        report, bounds = proved(cascade.network, cascade.box.lower, cascade.box.upper, _told(records, cascade.progress))
         seconds, rounds = seconds + report.seconds, rounds + 1
         if report.error:
             rejected += draft.retreat(report.error)
@@ -69,9 +71,16 @@ def certify(cascade: Cascade, versions: Mapping[str, str], cap: int) -> Certifie
             break
         else:
             rejected += draft.repair(report.rejected, give_up=draft.attempts >= len(BITS) - 1)
-    layers = draft.verdicts()
+    layers = draft.verdicts(bounds)
     accepted = sum(int((v.status != Status.UNKNOWN).sum()) for v in layers)
     return Certified(layers, tuple(records), accepted, rejected, seconds, rounds)
+
+
+def _told(records: Sequence[Record], progress: Progress) -> Iterator[Record]:
+    """The records, one by one."""
+    for record in records:
+        yield record
+        progress.advance()
 
 
 class _Draft:
@@ -197,13 +206,11 @@ class _Draft:
     def _sharpen_lemmas(self) -> None:
         self.bits = [min(b + 1, len(BITS) - 1) if b >= 0 else b for b in self.bits]
 
-    def verdicts(self) -> tuple[LayerVerdict, ...]:
-        """The layers as they stand. Bounds count only if nothing they rest on was given up."""
+    def verdicts(self, proved_bounds: Bounds | None) -> tuple[LayerVerdict, ...]:
+        """The layers as they stand. If anything that bounds may rest on was given up, the checker's count instead."""
         found = []
         if self.tainted:
-            program = self.cascade.program
-            fresh = crown_bounds(program, *program.box(self.box), memory=self.cascade.effort.memory)
-            self.bounds = [(b.lower[0].cpu().numpy(), b.upper[0].cpu().numpy()) for b in fresh]
+            self.bounds = [_checked(proved_bounds, k, len(status)) for k, status in enumerate(self.status)]
         for k, relu in enumerate(self.network.relus):
             lower, upper = self.bounds[k]
             lower = np.where(self.status[k] == Status.ACTIVE, np.maximum(lower, 0.0), lower)
@@ -212,6 +219,17 @@ class _Draft:
             found.append(LayerVerdict(k, self.network.nodes[relu].name, self.network.shapes[relu], self.status[k],
                                       self.method[k], lower, upper, reasons))
         return tuple(found)
+
+
+def _checked(bounds: Bounds | None, layer: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the checker has proved of a layer; infinite where it cannot compute."""
+    try:
+        if bounds is not None:
+            bounds.reach(layer)
+            return bounds.lower[layer].copy(), bounds.upper[layer].copy()
+    except CheckError:
+        pass
+    return np.full(size, -np.inf), np.full(size, np.inf)
 
 
 def _first_bits(proof: object) -> int:

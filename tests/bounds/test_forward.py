@@ -10,7 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exactprune.bounds.forward import Forward, certain_sign, exact_preactivation, exact_preactivations, gamma
+from exactprune.bounds.forward import (
+    Forward,
+    _cone,
+    certain_sign,
+    exact_cost,
+    exact_preactivation,
+    exact_preactivations,
+    gamma,
+)
 from exactprune.domain import Box, uniform
 from exactprune.errors import DomainError, ExactPruneError, OptionError, ShapeError
 from exactprune.network import INPUT, Network, Node, build
@@ -135,6 +143,20 @@ def test_every_op_against_fractions(seed: int, spread: float) -> None:
             assert all(w <= Fraction(float(e)) for w, e in zip(wrong, forward.box_errors(box)[k]))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_cost_of_exact_arithmetic_is_no_less_than_the_products_of_the_cone(seed: int) -> None:
+    network = every_op(np.random.default_rng(seed))
+    for k, relu in enumerate(network.relus):
+        position = network.nodes[relu].inputs[0]
+        size = int(np.prod(network.shapes[position]))
+        most = 0
+        for neuron in range(size):
+            needed = _cone(network, position, np.array([neuron]))
+            most = max(most, sum(len(out) * int(np.prod(network.nodes[i].op.weight.shape[1:]))
+                                 for i, out in needed.items() if i >= 0 and hasattr(network.nodes[i].op, "weight")))
+        assert most <= exact_cost(network, k) <= network.macs + 1000
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([0.0, 2.0, 4.0]), st.sampled_from([(1, 3, 3, 2), (4, 6, 5), (30, 8, 3)]))
 def test_error_bounds_hold_on_ill_scaled_networks(seed: int, spread: float, sizes: tuple[int, ...]) -> None:
@@ -246,3 +268,11 @@ def test_misuse_is_named(call, error: type[ExactPruneError], words: str) -> None
     forward = Forward(every_op(np.random.default_rng(0)))
     with pytest.raises(error, match=words):
         call(forward)
+
+
+def test_the_cost_of_exact_arithmetic_of_a_neuron_between_convolutions() -> None:
+    """Two 3x3 convolutions without padding: 9 positions of 2 channels of 9 products each, and 2 x 9 more."""
+    nodes = [Node("a", Conv2d(np.ones((2, 1, 3, 3), np.float32), np.zeros(2, np.float32)), (INPUT,)), Node("r", ReLU(), (0,)),
+             Node("b", Conv2d(np.ones((5, 2, 3, 3), np.float32), np.zeros(5, np.float32)), (1,)), Node("s", ReLU(), (2,))]
+    network = build(nodes, (1, 20, 20), np.dtype(np.float32))
+    assert [exact_cost(network, k) for k in (0, 1)] == [9, 9 * 2 * 9 + 18]
