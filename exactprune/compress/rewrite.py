@@ -22,6 +22,7 @@ from exactprune.compress.joint import BOXES, Joint, applies, joint, sampled
 from exactprune.compress.levels import EXACT, Level, certified, upward
 from exactprune.compress.linear import Applied, shrink_linear
 from exactprune.compress.plan import Plan, Removal, plan_exact, removals_of
+from exactprune.compress.polish import Polished, polished
 from exactprune.compress.reads import unread_inputs
 from exactprune.compress.rules.forward import Cleared, forward_redundant
 from exactprune.compress.skips import promising, skips, split, worthwhile
@@ -33,7 +34,9 @@ from exactprune.network import Network
 
 _WORTH_ANOTHER = 0.2  # share of the budget that has to be left for another round
 _TWINS = 0.25  # share of the budget that proportional neurons may use
+_TRIALS = 6  # skips that are left out one by one, each with everything done afresh
 _NOMINAL = (32768, 4096, 512, 64, 8)  # times the budget that a sum of worst cases may reach if the joint one is bounded
+_POLISH = 100  # times the budget that is seen at most, if weights are rounded again
 _LOOSE = 60  # times the largest deviation seen: a claim above is bounded afresh, aiming for half of that
 
 
@@ -166,7 +169,7 @@ def _with_skips(network: Network, domain: Box, layers: Sequence[LayerVerdict], b
     chosen = worthwhile(range(len(skips(network))), lambda some: size(shrink(split(given, some))[0].network))
     more = sorted({*chosen, *promising(network, layers)} if budget.eps > 0 else chosen)
     if more != chosen:
-        chosen = min((chosen, worthwhile(more, lambda some: size(rewritten(some).network))),
+        chosen = min((chosen, worthwhile(more, lambda some: size(rewritten(some).network), _TRIALS)),
                      key=lambda some: size(rewritten(some).network))
     return rewritten(chosen)
 
@@ -206,12 +209,31 @@ def _further(network: Network, domain: Box, layers: Sequence[LayerVerdict], budg
         if more.network.sha256 in tried or _size(more.network) >= _size(found.network):
             continue
         tried.add(more.network.sha256)
-        if sampled(network, more.network, domain) <= budget.eps / 2:
+        seen = sampled(network, more.network, domain)
+        if 0 < seen <= _POLISH * budget.eps:
+            more = _polished(network, domain, more)
+            seen = sampled(network, more.network, domain)
+        if seen <= budget.eps / 2:
             proved = joint(network, domain, layers, more, budget.eps * 0.97, left)
             if proved is not None and proved.eps <= budget.eps:
                 return _with(more, proved)
             left = left // 2
     return found
+
+
+def _polished(network: Network, domain: Box, rewrite: Rewrite) -> Rewrite:
+    """The same with the weights behind merged units rounded together, where that helps."""
+    state, done = polished(network, domain, rewrite)
+    steps = tuple(_polish_step(found) for found in done)
+    return replace(rewrite, network=state.network, verdicts=state.verdicts, steps=rewrite.steps + steps,
+                   level=sum((s.level for s in steps), rewrite.level))
+
+
+def _polish_step(found: Polished) -> Step:
+    text = (f"layer {found.layer}: {found.moved} weights and biases behind the linear units rounded together, largest deviation "
+            f"seen {found.before:.3g} before, {found.after:.3g} after")
+    data = {"layer": found.layer, "moved": found.moved, "before": found.before, "after": found.after}
+    return Step("polish", text, data, certified(float(np.max(found.deviation, initial=0.0))))
 
 
 def _tightened(network: Network, domain: Box, layers: Sequence[LayerVerdict], found: Rewrite) -> Rewrite:
