@@ -411,7 +411,7 @@ class WitnessSearch:
             restarts: per neuron and sign in round 0.
             rounds: at most.
             first: number of the first round, to go on where an earlier call ended.
-            time_limit: seconds after which no new batch is begun (results then depend on the machine's speed).
+            time_limit: seconds after which it ends (results then depend on the machine's speed).
             patience: so many targets of a layer in a row without a witness, and the rest of it is left. The most promising
                 come first: those whose best known value is nearest to the sign wanted, in standard deviations.
             progress: called with the number of targets after every batch of them.
@@ -459,7 +459,7 @@ class WitnessSearch:
             if perf_counter() > end or (patience is not None and barren >= patience):
                 break
             if neuron.numel():
-                fresh = self._climb(layer, self._climbers(neuron, sign, scores, pool, restarts), steps)
+                fresh = self._climb(layer, self._climbers(neuron, sign, scores, pool, restarts), steps, end)
                 found, barren = found + fresh, 0 if fresh else barren + neuron.numel()
             if progress:
                 progress(part.numel())
@@ -494,7 +494,7 @@ class WitnessSearch:
     def _draw(self, count: int, low: float, high: float) -> Tensor:
         return torch.as_tensor(self._rng.uniform(low, high, count), device=self._lower.device)
 
-    def _climb(self, layer: int, rows: _Climbers, steps: int) -> int:
+    def _climb(self, layer: int, rows: _Climbers, steps: int, end: float) -> int:
         """Runs one batch of ascents; returns the number of new witnesses in all layers up to ``layer``."""
         found = 0
         for step in range(steps):
@@ -505,7 +505,7 @@ class WitnessSearch:
             objective = values[layer].gather(1, rows.neuron[:, None])[:, 0] * rows.sign
             slope = torch.autograd.grad(objective.sum(), x)[0]
             rows = self._move(rows, slope, progress).select(self._needed(layer, rows.neuron, rows.sign))
-            if not rows.neuron.numel():
+            if not rows.neuron.numel() or perf_counter() > end:
                 return found
         return found + self.try_points(rows.x, Method.ASCENT, layer + 1)
 
