@@ -94,6 +94,16 @@ def _pools(network: Network, rewrite: Rewrite) -> dict[int, Record]:
             of = pools[node.name]
             units = [u for p, (_, u) in zip(rewrite.network.relus, rewrite.origin, strict=True)
                      if np.array_equal(groups[p], groups[position]) and (u < network.shapes[of][0]).all()]
-            channels = rewrite.network.shapes[position][0]
-            found[position] = _relation(position, of, 0, units[0] if units else np.arange(channels))
+            found[position] = _relation(position, of, 0, units[0] if units else
+                                        _linear_channels(network, rewrite, of, rewrite.network.shapes[position][0]))
     return found
+
+
+def _linear_channels(network: Network, rewrite: Rewrite, of: int, count: int) -> np.ndarray:
+    """Channels of a max pool of f whose ReLU went because all that was left of it is stably active."""
+    group = units_of(network).group
+    for layer, position in reversed(list(enumerate(network.relus))):
+        left = [r.index for r in rewrite.removals if r.layer == layer and r.rule == "linear"]
+        if position < of and len(left) == count and np.array_equal(group[position], group[of]):
+            return np.array(sorted(left))
+    return np.arange(count)

@@ -8,7 +8,7 @@ small dose runs always, ``-m slow`` runs 1,000 networks; in one of a hundred a l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -108,14 +108,17 @@ def projection(rng: np.random.Generator) -> tuple[Network, int, Planted]:
     branch = Conv2d(generic(rng, inner, channels * 9)[0].reshape(inner, channels, 3, 3), generic(rng, 1, inner)[0][0],
                     (2, 2), (1, 1, 1, 1))
     most = np.ceil(np.maximum(branch.weight, 0).sum(axis=(1, 2, 3)) + np.maximum(branch.bias, 0))  # of a branch's channel
-    weight, bias = rows(rng, plan, inner + channels, np.append(most, np.ones(channels)))
+    high = np.append(most, np.ones(channels))
+    weight, bias = rows(rng, plan, inner + channels, high)
     main, short = weight[:, :inner, None, None], weight[:, inner:, None, None]
     part = np.rint(64 * rng.standard_normal(plan.units)).astype(np.float32) / 64
-    after, offset = generic(rng, 2, plan.units * 4)
+    after = Conv2d(generic(rng, 2, plan.units * 4)[0].reshape(2, -1, 2, 2), np.zeros(2, np.float32))
     nodes = [Node("p", Conv2d(short, part, (2, 2)), (INPUT,)), Node("a", branch, (INPUT,)), Node("b", ReLU(), (1,)),
              Node("c", Conv2d(main, bias - part), (2,)), Node("s", Add(), (3, 0)), Node("d", ReLU(), (4,)),
-             Node("f", Conv2d(after.reshape(2, -1, 2, 2), offset), (5,)), Node("g", ReLU(), (6,)), Node("r", Reshape((2,)), (7,)),
-             Node("e", Affine(*generic(rng, 2, 2)), (8,))]
+             Node("f", after, (5,))]
+    middle = build(nodes, (channels, 4, 4), np.float32).evaluate(np.full((channels, 4, 4), 0.5))
+    nodes[6] = Node("f", replace(after, bias=np.rint(-middle.reshape(2)).astype(np.float32)), (5,))  # switches near the middle
+    nodes += [Node("g", ReLU(), (6,)), Node("r", Reshape((2,)), (7,)), Node("e", Affine(*generic(rng, 2, 2)), (8,))]
     return build(nodes, (channels, 4, 4), np.float32), 5, plan
 
 

@@ -188,3 +188,14 @@ def test_splitting_changes_nothing(tools):
     for chosen in ([], [0], [1, 2], [0, 1, 2]):
         g = split(state, chosen).network
         assert len(g.nodes) == len(f.nodes) + len(chosen) and tools.same(f, g, box, rng, 1)
+
+
+def test_a_max_pool_finds_its_channels_where_its_relu_went(tools):
+    rng = np.random.default_rng(10)
+    first = as_conv(layer(rng, 5, 0, 2))
+    bias = first.bias.copy()
+    bias[[0, 2]] = -1000                                                  # what is left is stably active, so the ReLU goes
+    f = tools.chain((2, 4, 4), Conv2d(first.weight, bias), ReLU(), MaxPool2d((2, 2), (2, 2)), Reshape((20,)),
+                    Affine(normal(rng, 2, 20), normal(rng, 2)))
+    rewrite = compress(tools, f, "exact")
+    assert not rewrite.network.relus and rewrite.network.shapes[0] == (3, 4, 4)
