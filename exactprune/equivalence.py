@@ -281,10 +281,12 @@ class _Run:
         self.note("MILP, suggests only")
 
     def _phases(self, gap: float, tolerance: float | None) -> PhaseSplit:
+        from exactprune.deciders.difference_bounding import Bounding
         from exactprune.deciders.difference_pairs import PhaseSplit
 
-        return PhaseSplit(self.relative, self._bounded(self.relative), self.finder, self.uppers, self.found, gap=gap,
-                          tolerance=tolerance, deadline=inf, beside=self._of_b(), memory=self.memory)
+        bounding = Bounding(self.relative, self._bounded(self.relative), self._of_b())
+        return PhaseSplit(bounding, self.finder, self.uppers, self.found, gap=gap, tolerance=tolerance, deadline=inf,
+                          memory=self.memory)
 
     def _of_b(self) -> dict[int, NodeBounds]:
         """Bounds of B by itself, by layer of the relative network."""

@@ -6,8 +6,10 @@ the bound on A - B is as loose as one on A plus one on B. So a neuron of B is wr
 
     dz = z_B - r z_A,        y_B = r y_A + delta,        delta = relu(r z_A + dz) - relu(r z_A).
 
-relu is monotone and 1-Lipschitz, so min(dz, 0) <= delta <= max(dz, 0) whatever z_A is, and delta = dz where both neurons
-are active, delta = 0 where both are inactive. The network of the nodes of A, dz and delta is an ordinary one in which
+relu is monotone and 1-Lipschitz, so min(dz, 0) <= delta <= max(dz, 0) whatever z_A is. A phase that is known makes one side
+linear: delta <= dz where B's neuron is active, delta <= 0 where it is inactive, delta >= dz where A's is active, delta >= 0
+where it is inactive (z <= relu(z) and 0 <= relu(z) put into the definition).
+The network of the nodes of A, dz and delta is an ordinary one in which
 delta stands in the place of a ReLU of dz with a relaxation of its own,
 
     delta <= s dz + t,   s, t the chord of max(dz, 0),       -delta <= s' (-dz) + t',   s', t' the chord of max(-dz, 0),
@@ -248,12 +250,13 @@ def _settle(state: Layerwise, layer: int, delta: Delta) -> None:
     partner = NodeBounds(-negative.upper, -negative.lower)
     matched = torch.as_tensor(delta.matched, device=state.program.device)
     own_lower, own_upper = _sum_below(partner.lower, dz.lower), -_sum_below(-partner.upper, -dz.upper)
-    active = matched & (partner.lower >= 0) & (own_lower >= 0)
-    inactive = matched & (partner.upper <= 0) & (own_upper <= 0)
-    state.relaxations[layer] = relax_delta(state.program, dz, matched, active, inactive)
-    low = torch.maximum(dz.lower.clamp(max=0), -partner.upper.clamp(min=0)) * ~inactive
-    high = torch.minimum(dz.upper.clamp(min=0), own_upper.clamp(min=0)) * ~inactive
-    low, high = torch.where(active, dz.lower, low), torch.where(active, dz.upper, high)
+    fixed = Fixed(matched & (own_lower >= 0), matched & (own_upper <= 0), matched & (partner.lower >= 0),
+                  matched & (partner.upper <= 0))
+    state.relaxations[layer] = relax_delta(state.program, dz, matched, fixed)
+    low = torch.maximum(dz.lower.clamp(max=0), -partner.upper.clamp(min=0)) * ~fixed.a_off
+    high = torch.minimum(dz.upper.clamp(min=0), own_upper.clamp(min=0)) * ~fixed.b_off
+    low = torch.where(fixed.a_on, torch.maximum(low, dz.lower), low)
+    high = torch.where(fixed.b_on, torch.minimum(high, dz.upper), high)
     low, high = torch.where(matched, low, dz.lower.clamp(min=0)), torch.where(matched, high, dz.upper.clamp(min=0))
     state.known[state.program.network.relus[layer]] = NodeBounds(low, high)
 
@@ -263,23 +266,35 @@ def _sum_below(a: Tensor, b: Tensor) -> Tensor:
     return torch.nan_to_num(a + b - 4 * UNIT_ROUNDOFF * (a.abs() + b.abs()), nan=-torch.inf)
 
 
-def relax_delta(program: Program, dz: NodeBounds, matched: Tensor, active: Tensor, inactive: Tensor) -> Relaxation:
+@dataclass(frozen=True, eq=False)
+class Fixed:
+    """Which neurons of a pair are in a phase for sure, (groups, neurons) booleans, False where there is no partner."""
+
+    b_on: Tensor
+    b_off: Tensor
+    a_on: Tensor
+    a_off: Tensor
+
+
+def relax_delta(program: Program, dz: NodeBounds, matched: Tensor, fixed: Fixed, share: Tensor | None = None) -> Relaxation:
     """The relaxation of delta over bounds of dz, see the top of the file; of a plain ReLU where not matched.
 
     Args:
         program: the joint network.
         dz: bounds, (groups, neurons).
         matched: (neurons,): where there is a partner.
-        active, inactive: (groups, neurons): where both partners are in that phase for sure.
+        fixed: phases that are known.
+        share: (groups, neurons) in [0, 1]: the relaxation of share * delta instead.
     """
     slope, intercept = upper_line(dz.lower, dz.upper)
     below, under = upper_line(-dz.upper, -dz.lower)
     plain = torch.where(dz.lower >= 0, torch.ones_like(below), adaptive_slope(dz.lower, dz.upper)) * (dz.upper > 0)
     below = torch.where(matched, below, plain)
-    slope, below = (torch.where(active, torch.ones_like(t), t * ~inactive) for t in (slope, below))
-    moving = ~(active | inactive)
-    intercept, under = (torch.where(moving, t, torch.zeros_like(t)) for t in (intercept, under * matched))
-    error = (program.gamma * (dz.magnitude + intercept + under) * (1 + 1e-6) + TINY) * ~inactive
+    slope = torch.where(fixed.b_on, torch.ones_like(slope), slope * ~fixed.b_off)
+    below = torch.where(fixed.a_on, torch.ones_like(below), below * ~fixed.a_off)
+    intercept, under = intercept * ~(fixed.b_on | fixed.b_off), under * matched * ~(fixed.a_on | fixed.a_off)
+    if share is not None:  # what rounding does to the products is a few units of what ``gamma`` pays for
+        slope, below, intercept, under = (t * share for t in (slope, below, intercept, under))
+    error = (program.gamma * (dz.magnitude + intercept + under) * (1 + 1e-6) + TINY) * ~(fixed.a_off & fixed.b_off)
     error = torch.where(matched | (dz.upper > 0), error, torch.zeros_like(error))
     return Relaxation(torch.stack([below, slope - below, intercept + under + 2 * error, under + error, intercept]))
-
