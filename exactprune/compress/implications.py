@@ -96,8 +96,11 @@ class _Prover:
         open_ = [c for c, value in zip(claims, values, strict=True) if not value <= 0]
         proofs: list[Proof] = []
         failed: list[int] = []
-        for claim, tree in zip(open_, self._trees(open_), strict=True):
+        for claim, tree in zip(open_, self._trees(open_, EDGE), strict=True):
             found = None if tree is None else self._accepted(claim, tree)
+            if tree is not None and found is None:  # a tie whose multipliers are no integers over powers of two: split instead
+                (tree,) = self._trees([claim], -EDGE)
+                found = None if tree is None else self._accepted(claim, tree)
             if found is None:
                 failed.append(claim.unit)
             else:
@@ -113,7 +116,8 @@ class _Prover:
                 return record
         return None
 
-    def _trees(self, claims: list[Claim]) -> list[Tree | None]:
+    def _trees(self, claims: list[Claim], edge: float) -> list[Tree | None]:
+        """Trees whose leaves have maxima of at most ``edge`` times the row's range, or nothing left to split."""
         if not claims:
             return []
         layer = self.reader.layer
@@ -126,7 +130,7 @@ class _Prover:
         lp = node_lp(setting, self.deadline, state.at(layer))
         limits = Limits(self.deadline, nodes=NODES, lp_after=0)
         search = _Given(program, state.known, rows, _nothing_refuted, limits, lp)
-        search.given = [(self.layer, c.unit, 1) for c in claims]
+        search.given, search.edge = [(self.layer, c.unit, 1) for c in claims], edge
         return [decision.tree for decision in search.run()]
 
 
@@ -150,6 +154,7 @@ class _Given(BranchAndBound):
     """Branch and bound whose roots have one phase fixed, ``given``, which is not part of the trees."""
 
     given: Sequence[tuple[int, int, int]]
+    edge: float
 
     def _roots(self) -> None:
         sigma = {k: torch.zeros(t.shape, dtype=torch.int8) for k, t in self.rows.alpha.items()}
@@ -181,7 +186,8 @@ class _Given(BranchAndBound):
         if self.node_lp is None:
             return False
         relaxed = self.node_lp(problem.neuron, problem.sign, splits)
-        if relaxed.bound <= EDGE * self._range(problem.neuron) and relaxed.multipliers is not None:
+        edge = abs(self.edge) if len(splits) >= sum(map(len, self.unstable.values())) else self.edge
+        if relaxed.bound <= edge * self._range(problem.neuron) and relaxed.multipliers is not None:
             problem.leaves[place] = relaxed.multipliers
             return True
         if relaxed.point is not None:

@@ -161,27 +161,29 @@ def _searched(network: Network, domain: Box, x: np.ndarray, values: dict[int, np
 
     from exactprune.compress.differentiable import compile_network, values_of
 
-    program, relu = compile_network(network), network.relus[layer]
+    nodes = network.nodes[: max(reader.node for reader in readers) + 1]
+    program, relu = compile_network(replace(network, nodes=nodes)), network.relus[layer]
     source = network.nodes[relu].inputs[0]
     low, high = program.box(domain)
     owner = np.repeat(np.arange(len(units)), STARTS)
     best = np.argsort(-values[source][:, units], axis=0)[:STARTS].T.reshape(-1)
     at = torch.tensor(x.reshape(len(x), -1)[best])
-    rows, unit = torch.arange(len(owner)), torch.tensor(units[owner])
-    weight = [torch.tensor(_weights(network, reader))[:, unit].T for reader in readers]
+    weight = [torch.tensor(_weights(network, reader)).T for reader in readers]
     seen, met = np.zeros(len(units), bool), np.zeros(len(units), bool)
     for step in range(STEPS):
+        left = ~seen[owner] & (met[owner] | (step < STEPS // 2))
+        at, owner = at[torch.tensor(left)], owner[left]
+        if not len(owner):
+            break
+        rows, unit = torch.arange(len(owner)), torch.tensor(units[owner])
         at.requires_grad_(True)
         now = values_of(program, at)
         z = now[source][rows, unit]
-        tops = [torch.where(w != 0, now[r.node] + (-w).clamp(min=0) * z.clamp(min=0)[:, None], -torch.inf).amax(dim=1)
+        tops = [torch.where(w[unit] != 0, now[r.node] + (-w[unit]).clamp(min=0) * z.clamp(min=0)[:, None], -torch.inf).amax(dim=1)
                 for w, r in zip(weight, readers, strict=True)]
         top = torch.stack(tops).amax(dim=0)
         met[owner[(z > 0).numpy()]] = True
         seen[owner[((z > 0) & (top > 0)).numpy()]] = True
-        goal = torch.where(z > 0, top, z)
-        (slope,) = torch.autograd.grad(goal.sum(), at)
+        (slope,) = torch.autograd.grad(torch.where(z > 0, top, z).sum(), at)
         at = (at.detach() + 0.3 * 0.85**step * (high - low) * slope.sign()).clamp(low, high)
-        if seen.all():
-            break
     return units[met & ~seen]
