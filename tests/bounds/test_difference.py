@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_networks import case, sample_points
 
-from exactprune.bounds.difference import Partners, difference_bounds, joint_network, relax_delta
+from exactprune.bounds.difference import Fixed, Partners, difference_bounds, joint_network, relax_delta
 from exactprune.bounds.forward import exact_preactivations
 from exactprune.bounds.interval import NodeBounds
 from exactprune.bounds.program import compile_network
@@ -73,11 +73,11 @@ def test_the_relaxation_of_delta_holds_on_a_grid(seed):
     low, up = np.sort(rng.normal(size=(2, 9)), axis=0)
     za = np.sort(rng.normal(size=(2, 9)) + rng.choice([-3, 0, 3], 9), axis=0)
     matched = torch.tensor(rng.random(9) < 0.8)
-    active = torch.tensor((za[0] >= 0) & (za[0] + low >= 0)) & matched
-    inactive = torch.tensor((za[1] <= 0) & (za[1] + up <= 0)) & matched
+    fixed = Fixed(*(torch.tensor(phase)[None] & matched
+                    for phase in (za[0] + low >= 0, za[1] + up <= 0, za[0] >= 0, za[1] <= 0)))
     program = compile_network(random_mlp(rng, [2, 3, 1]))
     bounds = NodeBounds(torch.tensor(low)[None], torch.tensor(up)[None])
-    relaxed = relax_delta(program, bounds, matched, active[None], inactive[None])
+    relaxed = relax_delta(program, bounds, matched, fixed)
     for t in np.linspace(0, 1, 11):
         dz = low + t * (up - low)
         for s in np.linspace(0, 1, 11):
