@@ -140,7 +140,18 @@ def _compressed(network: Network, domain: Box, layers: Sequence[LayerVerdict], b
     found = _with_skips(network, domain, layers, budget)
     if not (budget.eps > 0 and applies(network, domain)):
         return found
-    return _tightened(network, domain, layers, _further(network, domain, layers, budget, found))
+    found = _tightened(network, domain, layers, _further(network, domain, layers, budget, found))
+    return found if budget.reach else _no_larger(network, domain, layers, budget, found)
+
+
+def _no_larger(network: Network, domain: Box, layers: Sequence[LayerVerdict], budget: Budget, found: Rewrite) -> Rewrite:
+    """The result at ``rounding``, where that is within the budget and smaller: more budget is spent on other rewrites,
+    of which the joint deviation need not be provable."""
+    least = budget_of(network, domain, "rounding")
+    if not 0 < least.eps < budget.eps:
+        return found
+    other = _compressed(network, domain, layers, least)
+    return replace(other, budget=budget.eps, reach=0.0) if _size(other.network) < _size(found.network) else found
 
 
 def _with_cleared(rewrite: Rewrite, cleared: Cleared, network: Network) -> Rewrite:
