@@ -30,13 +30,15 @@ from exactprune.options import GIB
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from exactprune.bounds.difference import Joint, Partners
+    from exactprune.bounds.difference import Alone, Joint, Partners
     from exactprune.bounds.interval import NodeBounds
     from exactprune.bounds.layerwise import Layerwise
+    from exactprune.deciders.cascade import Progress
     from exactprune.deciders.difference_boxes import BoxSplit
     from exactprune.deciders.difference_pairs import PhaseSplit
 
 FEW_INPUTS = 12
+NEURONS, SECONDS = 0.2, 10.0  # of the time (without ``exact``: seconds) for the neurons of A and B, at most
 SUGGESTING, TRYING = 0.15, 0.1  # shares of the time where there are more
 APART = (1.0, 0.1, 0.01, 1e-3, 1e-5)
 
@@ -100,7 +102,8 @@ class Equivalence:
 
 def equiv(a: Network, b: Network, domain: Box | None = None, *, exact: bool = False, gap: float = 1e-3,
           tolerance: float | None = None, time_limit: float = 600.0, partners: Mapping[int, Partners] | None = None,
-          starts: int = 24, seed: int = 0, device: str = "cpu", memory: int = 2 * GIB) -> Equivalence:
+          starts: int = 24, seed: int = 0, device: str = "cpu", memory: int = 2 * GIB,
+          progress: Progress | None = None) -> Equivalence:
     """Bound max over the domain and outputs of abs(A - B).
 
     Args:
@@ -114,6 +117,7 @@ def equiv(a: Network, b: Network, domain: Box | None = None, *, exact: bool = Fa
         starts: of the gradient search, per output and sign.
         seed: of the search and the sampling.
         device, memory: as for ``verify``.
+        progress: told what happens.
 
     Raises:
         ShapeError: the networks do not have as many inputs and outputs.
@@ -123,9 +127,11 @@ def equiv(a: Network, b: Network, domain: Box | None = None, *, exact: bool = Fa
     _check(a, b, gap, tolerance, time_limit, starts)
     began = perf_counter()
     domain = (domain or uniform(0.0, 1.0, a.input_shape)).reshaped(a.input_shape)
-    run = _Run(a, b, domain, device, memory, partners, seed)
+    run = _Run(a, b, domain, device, memory, partners, seed, progress or _Silent())
     run.bound()
     run.search(starts)
+    if not run.done(gap, tolerance):
+        run.sharpen(NEURONS * time_limit if exact else SECONDS)
     if exact and not run.joint.equal:
         run.close(gap, tolerance, time_limit)
     return run.result(gap, exact, began)
@@ -144,17 +150,31 @@ def _check(a: Network, b: Network, gap: float, tolerance: float | None, time_lim
             raise OptionError(f"--{name} is {value!r}; give {words}")
 
 
+class _Silent:
+    """No progress."""
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        """Nothing."""
+
+    def advance(self, count: int = 1) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+
 class _Run:
     """The state of one call: bounds from above, points from below, and the account."""
 
     def __init__(self, a: Network, b: Network, domain: Box, device: str, memory: int, partners: Mapping[int, Partners] | None,
-                 seed: int) -> None:
+                 seed: int, progress: Progress) -> None:
         from exactprune.bounds.difference import joint_network
         from exactprune.deciders.difference_partners import find_partners
         from exactprune.deciders.difference_search import Search
 
         self.a, self.b, self.domain, self.device, self.memory, self.seed = a, b, domain, device, memory, seed
-        self.clock = perf_counter()
+        self.clock, self.progress = perf_counter(), progress
+        progress.stage("partners")
         self.stages: list[tuple[str, float, float]] = []
         self.joint = joint_network(a, b)
         given = find_partners(a, b, domain, seed=seed) if partners is None else partners
@@ -164,6 +184,7 @@ class _Run:
         self.tried: dict[int, float] = {}
         self.finder = Search(self.joint, domain, device)
         self.uppers = np.full(self.finder.outputs, 0.0 if self.joint.equal else inf)
+        self.alone: Alone | None = None
         self.suggested: float | None = None
         self.reason = ""
         self.hints: list[Tensor] = []
@@ -177,6 +198,7 @@ class _Run:
     def bound(self) -> None:
         """Upper bounds from both joint networks."""
         self.note("partners")
+        self.progress.stage("bounds")
         if self.joint.equal:
             return
         self.side_by_side = self._bounded(self.joint)
@@ -207,7 +229,7 @@ class _Run:
         from exactprune.deciders.difference_search import bound_corners
 
         program = compile_network(joint.network, self.device)
-        state = difference_bounds(program, joint, *program.box(self.domain), self.memory)
+        state = difference_bounds(program, joint, *program.box(self.domain), self.memory, self.alone)
         last = state.at(joint.last)
         top = torch.maximum(-last.lower, last.upper)[0].nan_to_num(inf, posinf=inf, neginf=inf)
         self.uppers = np.minimum(self.uppers, top.cpu().numpy())
@@ -218,15 +240,36 @@ class _Run:
         """Points where the difference is large."""
         import torch
 
+        self.progress.stage("search")
         self.found = self.finder.judge(self.finder.lower[None])
         if not self.joint.equal:
             hints = torch.cat(self.hints)[:4096]
             self.found = self.finder.climb(hints, starts=starts, seed=self.seed)
         self.note("search")
 
+    def sharpen(self, seconds: float) -> None:
+        """Bounds again, with A's and B's own neurons decided as far as time allows: a pair of active neurons is linear."""
+        self.alone = (self._decided(self.a, 0.5 * seconds), self._decided(self.b, 0.5 * seconds))
+        self.note("neurons of A and B")
+        self.progress.stage("bounds again")
+        self.tried.clear()
+        self.side_by_side = self._bounded(self.joint)
+        for apart in APART:
+            self._try({k: p.within(apart) for k, p in self.given.items()})
+        self.note("bounds again")
+
+    def _decided(self, network: Network, seconds: float) -> list[NodeBounds]:
+        """Bounds of all neurons: intervals, CROWN, alpha-CROWN, branch and bound."""
+        from exactprune.deciders.cascade import Cascade, Effort
+
+        cascade = Cascade(network, self.domain.reshaped(network.input_shape),
+                          Effort(time_limit=seconds, memory=self.memory, device=self.device, seed=self.seed), self.progress)
+        cascade.run()
+        return [cascade.state.at(k) for k in range(len(network.relus))]
+
     def close(self, gap: float, tolerance: float | None, seconds: float) -> None:
         """Make the gap small."""
-        if self._done(gap, tolerance):
+        if self.done(gap, tolerance):
             return
         deadline = monotonic() + seconds
         if int((self.domain.upper > self.domain.lower).sum()) <= FEW_INPUTS:
@@ -235,7 +278,8 @@ class _Run:
         self._suggest(SUGGESTING * seconds)
         self._race(gap, tolerance, TRYING * seconds, deadline)
 
-    def _done(self, gap: float, tolerance: float | None) -> bool:
+    def done(self, gap: float, tolerance: float | None) -> bool:
+        """Whether the bounds are close enough, or the tolerance is decided."""
         upper, lower = float(self.uppers.max(initial=0.0)), float(self.found.lower.max(initial=0.0))
         decided = tolerance is not None and (upper <= tolerance or lower > tolerance)
         return decided or upper <= (1 + gap) * lower
@@ -248,14 +292,15 @@ class _Run:
         best = inf
         chosen = ways = (self._boxes(gap, tolerance), self._phases(gap, tolerance))
         for way in ways:
-            if not self._done(gap, tolerance):
+            if not self.done(gap, tolerance):
                 own = self._go_on(way, min(deadline, monotonic() + trial))
                 best, chosen = (own, (way,)) if own < best else (best, chosen)
-        if not self._done(gap, tolerance) and self.reason and "limit" in self.reason:
+        if not self.done(gap, tolerance) and self.reason and "limit" in self.reason:
             self._go_on(chosen[0], deadline)
 
     def _go_on(self, way: BoxSplit | PhaseSplit, deadline: float) -> float:
         """Run until a time; the way's own bound."""
+        self.progress.stage(f"{way.words}, at most {max(0.0, deadline - monotonic()):.0f} s")
         way.found, way.deadline = self.found.joined(way.found), deadline
         reached = way.run()
         self.uppers, self.found, self.reason = np.minimum(self.uppers, reached.upper), reached.found, reached.reason
@@ -268,11 +313,12 @@ class _Run:
 
         program, kept = compile_network(self.relative.network, self.device), self.memory // (40 * self.domain.lower.size)
         return BoxSplit(program, self.relative, self.finder, self.uppers, self.found, gap=gap, tolerance=tolerance,
-                        deadline=inf, boxes=max(1000, kept))
+                        deadline=inf, boxes=max(1000, kept), alone=self.alone)
 
     def _suggest(self, seconds: float) -> None:
         from exactprune.deciders.difference_phases import pairs_of, suggest
 
+        self.progress.stage(f"MILP, at most {seconds:.0f} s")
         pairs = pairs_of(self.joint, self.relative, self._bounded(self.relative), self.chosen, self.a, self.b)
         self.suggested, points = suggest(self.joint, self.domain, self.side_by_side, self.uppers, self.found.lower, seconds,
                                          pairs)
@@ -295,6 +341,8 @@ class _Run:
 
         if not self.relative.deltas:
             return {}
+        if self.alone is not None:
+            return {k: self.alone[1][delta.layer] for k, delta in self.relative.deltas.items()}
         program = compile_network(self.b, self.device)
         bounds = crown_bounds(program, *program.box(self.domain.reshaped(self.b.input_shape)), self.memory)
         return {k: bounds[delta.layer] for k, delta in self.relative.deltas.items()}

@@ -22,7 +22,7 @@ is bounded: a bad choice costs tightness, never soundness. Rounding is paid for 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -221,7 +221,11 @@ def _selection(partner: Partners, of: Shape, shape: Shape) -> Callable[[float], 
 # -- bounds ------------------------------------------------------------------------------------------------------------
 
 
-def difference_bounds(program: Program, joint: Joint, lower: Tensor, upper: Tensor, memory: int = 1 << 31) -> Layerwise:
+Alone = tuple[Sequence[NodeBounds], Sequence[NodeBounds]]  # bounds of the ReLU layers of A, and of B, by themselves
+
+
+def difference_bounds(program: Program, joint: Joint, lower: Tensor, upper: Tensor, memory: int = 1 << 31,
+                      alone: Alone | None = None) -> Layerwise:
     """Bounds of every pre-activation of a joint network over boxes (groups, inputs); the last layer's are those of A - B.
 
     Args:
@@ -229,27 +233,42 @@ def difference_bounds(program: Program, joint: Joint, lower: Tensor, upper: Tens
         joint: see ``joint_network``.
         lower, upper: the boxes.
         memory: bytes a pass may use.
+        alone: what is known of A's and B's neurons over a box that holds these.
     """
-    state = start(program, lower, upper, memory)
+    state, known = start(program, lower, upper, memory), _placed(joint, alone)
     for layer in range(program.layers):
         state.propagate(layer)
+        for bounds in known.get(layer, ()):
+            state.narrow(layer, torch.arange(bounds.lower.shape[1], device=program.device), bounds.lower, bounds.upper)
         if layer == joint.last or layer in joint.deltas:
             state.crown(layer, torch.arange(program.size(program.preactivation(layer)), device=program.device))
         elif not first_is_exact(program, layer):
             state.crown(layer, state.open_rows(layer))
         if layer in joint.deltas:
-            _settle(state, layer, joint.deltas[layer])
+            _settle(state, layer, joint.deltas[layer], alone[1][joint.deltas[layer].layer] if alone else None)
         else:
             state.relaxations[layer] = relax(program, layer, state.at(layer), compact=True)
     return state
 
 
-def _settle(state: Layerwise, layer: int, delta: Delta) -> None:
-    """Bounds and relaxation of a delta, from those of dz and of its partner."""
+def _placed(joint: Joint, alone: Alone | None) -> dict[int, list[NodeBounds]]:
+    """Bounds of A's and B's neurons by layer of the joint network; those of pairs are not among them."""
+    found: dict[int, list[NodeBounds]] = {}
+    for places, bounds in zip((joint.of_a, joint.of_b), alone or (), strict=False):
+        for k, layer in places.items():
+            if layer not in joint.deltas:
+                found.setdefault(layer, []).append(bounds[k])
+    return found
+
+
+def _settle(state: Layerwise, layer: int, delta: Delta, alone: NodeBounds | None) -> None:
+    """Bounds and relaxation of a delta, from those of dz, of its partner, and of B's neurons by themselves."""
     dz, negative = state.at(layer), state.known[delta.partner]
     partner = NodeBounds(-negative.upper, -negative.lower)
     matched = torch.as_tensor(delta.matched, device=state.program.device)
     own_lower, own_upper = _sum_below(partner.lower, dz.lower), -_sum_below(-partner.upper, -dz.upper)
+    if alone is not None:
+        own_lower, own_upper = torch.maximum(own_lower, alone.lower), torch.minimum(own_upper, alone.upper)
     fixed = Fixed(matched & (own_lower >= 0), matched & (own_upper <= 0), matched & (partner.lower >= 0),
                   matched & (partner.upper <= 0))
     state.relaxations[layer] = relax_delta(state.program, dz, matched, fixed)

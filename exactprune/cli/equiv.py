@@ -65,6 +65,7 @@ def run_equiv(a: Path, b: Path, domain: DomainFlags, flags: EquivFlags) -> int:
     """0: done (and within the tolerance, if one is given); 1: not proved to be within the tolerance."""
     from exactprune.cli.commands import UNIT_BOX
     from exactprune.cli.domains import build_domain, check_flags
+    from exactprune.cli.progress import progress
     from exactprune.equivalence import equiv
     from exactprune.report.strict import pretty
 
@@ -74,9 +75,10 @@ def run_equiv(a: Path, b: Path, domain: DomainFlags, flags: EquivFlags) -> int:
     second = _load(b, flags.arch_b, flags)
     if way is None and not flags.quiet:
         print(UNIT_BOX, file=sys.stderr if flags.json else sys.stdout)
-    result = equiv(first, second, build_domain(domain, first), exact=flags.exact, gap=flags.gap, tolerance=flags.tolerance,
-                   time_limit=flags.time_limit, starts=flags.starts, seed=flags.seed, device=flags.device,
-                   memory=flags.memory)
+    with progress(flags.quiet or flags.json) as shown:
+        result = equiv(first, second, build_domain(domain, first), exact=flags.exact, gap=flags.gap, tolerance=flags.tolerance,
+                       time_limit=flags.time_limit, starts=flags.starts, seed=flags.seed, device=flags.device,
+                       memory=flags.memory, progress=shown)
     if flags.output is not None:
         _write_point(result, flags.output)
     if flags.json:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from exactprune.bounds.crown import crown_rows
-from exactprune.bounds.difference import Joint, difference_bounds
+from exactprune.bounds.difference import Alone, Joint, difference_bounds
 from exactprune.bounds.program import Program
 from exactprune.deciders.difference_search import Largest, Search, bound_corners
 
@@ -64,14 +64,15 @@ class BoxSplit:
         tolerance: stop also when abs(A - B) <= tolerance is decided; None to go on.
         deadline: on the clock of ``time.monotonic``.
         boxes: pieces at most.
+        alone: what is known of A's and B's neurons over the whole box.
     """
 
     words = "box splitting"
 
     def __init__(self, program: Program, joint: Joint, search: Search, upper: np.ndarray, found: Largest, *, gap: float,
-                 tolerance: float | None, deadline: float, boxes: int = 1_000_000) -> None:
+                 tolerance: float | None, deadline: float, boxes: int = 1_000_000, alone: Alone | None = None) -> None:
         self.program, self.joint, self.search, self.found = program, joint, search, found
-        self.gap, self.tolerance, self.deadline, self.limit = gap, tolerance, deadline, boxes
+        self.gap, self.tolerance, self.deadline, self.limit, self.alone = gap, tolerance, deadline, boxes, alone
         self.closed = np.zeros_like(upper)
         self.heap: list[_Piece] = []
         self.count = 0
@@ -128,7 +129,7 @@ class BoxSplit:
 
     def _bounds(self, lower: Tensor, upper: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """((pieces, outputs) bounds, (pieces, inputs) how much the widest bounds react)."""
-        state = difference_bounds(self.program, self.joint, lower, upper)
+        state = difference_bounds(self.program, self.joint, lower, upper, alone=self.alone)
         sizes: list[Tensor] = []
         crown_rows(self.program, self.joint.last, self.rows, state.known, state.relaxations, sensitivity=sizes)
         last = state.at(self.joint.last)
