@@ -12,6 +12,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+from time import monotonic, sleep
 from typing import Any
 
 from exactprune.errors import OptionError
@@ -19,6 +20,7 @@ from exactprune.executors.payload import pack, unpack
 from exactprune.executors.protocol import Executor, Task, TaskResult, cancelled, invoke
 
 POLL = 0.2
+ARRIVES = 30.0  # seconds that a payload may take to reach a worker
 RETRIES = 3
 
 
@@ -86,8 +88,20 @@ def _missing() -> bytes:
     raise LookupError("the payload has not reached this worker")
 
 
+def _payload(key: str) -> Any:
+    """The payload; a worker that has just been restarted may be given tasks a moment before it."""
+    end = monotonic() + ARRIVES
+    while True:
+        try:
+            return unpack(key, _missing)
+        except LookupError:
+            if monotonic() > end:
+                raise
+            sleep(POLL)
+
+
 def _call(task: Task, key: str, index: int, item: Any) -> TaskResult:
-    return invoke(task, unpack(key, _missing), index, item)
+    return invoke(task, _payload(key), index, item)
 
 
 def _result(future: Future[TaskResult], index: int) -> TaskResult:

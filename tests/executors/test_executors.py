@@ -164,8 +164,17 @@ class TestDask(Contract):
 
     def test_a_worker_killed_in_mid_run_changes_nothing(self, executor: Executor, tmp_path: Path) -> None:
         results = in_order(executor.run(dies_once, range(8), shared=str(tmp_path / "died")))
-        assert [r.value for r in results] == [i * i for i in range(8)]
+        assert [(r.value, r.error) for r in results] == [(i * i, "") for i in range(8)]
         assert (tmp_path / "died").exists()
+
+    def test_a_payload_may_come_later_than_its_task(self) -> None:
+        from exactprune.executors import dask
+        from exactprune.executors.payload import pack
+
+        key, data = pack(["late"])
+        worker = threading.Timer(0.3, lambda: dask.unpack(key, lambda: data))
+        worker.start()
+        assert dask._payload(key) == ["late"]
 
 
 class TestGetExecutor:
