@@ -26,6 +26,7 @@ from exactprune.domain import Box, uniform
 from exactprune.errors import OptionError, ShapeError
 from exactprune.network import Network
 from exactprune.options import GIB
+from exactprune.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from exactprune.bounds.difference import Alone, Joint, Partners
     from exactprune.bounds.interval import NodeBounds
     from exactprune.bounds.layerwise import Layerwise
-    from exactprune.deciders.cascade import Progress
     from exactprune.deciders.difference_boxes import BoxSplit
     from exactprune.deciders.difference_pairs import PhaseSplit
 
@@ -127,13 +127,14 @@ def equiv(a: Network, b: Network, domain: Box | None = None, *, exact: bool = Fa
     _check(a, b, gap, tolerance, time_limit, starts)
     began = perf_counter()
     domain = (domain or uniform(0.0, 1.0, a.input_shape)).reshaped(a.input_shape)
-    run = _Run(a, b, domain, device, memory, partners, seed, progress or _Silent())
+    run = _Run(a, b, domain, device, memory, partners, seed, progress or Silent())
     run.bound()
     run.search(starts)
+    deadline = monotonic() + time_limit
     if not run.done(gap, tolerance):
         run.sharpen(NEURONS * time_limit if exact else SECONDS)
     if exact and not run.joint.equal:
-        run.close(gap, tolerance, time_limit)
+        run.close(gap, tolerance, max(0.0, deadline - monotonic()))
     return run.result(gap, exact, began)
 
 
@@ -148,19 +149,6 @@ def _check(a: Network, b: Network, gap: float, tolerance: float | None, time_lim
     for name, value, holds, words in checks:
         if not holds:
             raise OptionError(f"--{name} is {value!r}; give {words}")
-
-
-class _Silent:
-    """No progress."""
-
-    def stage(self, name: str, total: int | None = None) -> None:
-        """Nothing."""
-
-    def advance(self, count: int = 1) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
 
 
 class _Run:
@@ -199,12 +187,16 @@ class _Run:
         """Upper bounds from both joint networks."""
         self.note("partners")
         self.progress.stage("bounds")
-        if self.joint.equal:
-            return
+        if not self.joint.equal:
+            self._both()
+            self.note("bounds")
+
+    def _both(self) -> None:
+        """Bounds side by side, and relative to partners from several distances; the best partners are kept."""
+        self.tried.clear()
         self.side_by_side = self._bounded(self.joint)
         for apart in APART:
             self._try({k: p.within(apart) for k, p in self.given.items()})
-        self.note("bounds")
 
     def _try(self, partners: Mapping[int, Partners]) -> None:
         """Bound the network relative to some partners; keep it if it is the best so far."""
@@ -252,10 +244,7 @@ class _Run:
         self.alone = (self._decided(self.a, 0.5 * seconds), self._decided(self.b, 0.5 * seconds))
         self.note("neurons of A and B")
         self.progress.stage("bounds again")
-        self.tried.clear()
-        self.side_by_side = self._bounded(self.joint)
-        for apart in APART:
-            self._try({k: p.within(apart) for k, p in self.given.items()})
+        self._both()
         self.note("bounds again")
 
     def _decided(self, network: Network, seconds: float) -> list[NodeBounds]:

@@ -28,7 +28,7 @@ from exactprune.compress.measure import Agreement, Latency, compare, latency
 from exactprune.compress.preserve import Margins, Preserved, margins_of, preserved
 from exactprune.compress.rewrite import Rewrite, compress_network
 from exactprune.compress.slicing import Dispatcher, Payoff, Piece, payoff, pieces_of
-from exactprune.deciders.cascade import Asked, Cascade, Effort, Progress, RunTasks, Suggest
+from exactprune.deciders.cascade import Asked, Cascade, Effort, RunTasks, Suggest
 from exactprune.deciders.certify import certify
 from exactprune.deciders.checkpoint import Checkpoint
 from exactprune.deciders.highs import HighsOptions
@@ -38,6 +38,7 @@ from exactprune.domain import Box, uniform
 from exactprune.errors import OptionError, ShapeError
 from exactprune.network import Network
 from exactprune.options import CompressOptions, VerifyOptions
+from exactprune.progress import Progress, Silent
 
 CANCELLED = "cancelled"  # what executors say of a task that was never started
 _PACKAGES = ("exactprune", "torch", "numpy", "highspy")
@@ -168,19 +169,6 @@ def _size(network: Network) -> Size:
     return Size(network.neurons, network.parameters, network.macs)
 
 
-class _Silent:
-    """No progress."""
-
-    def stage(self, name: str, total: int | None = None) -> None:
-        """Nothing."""
-
-    def advance(self, count: int = 1) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-
 def verify(network: Network, domain: Box | None = None, options: VerifyOptions | None = None, *,
            data: np.ndarray | None = None, progress: Progress | None = None,
            checkpoint: str | Path | None = None) -> Verification:
@@ -201,7 +189,7 @@ def verify(network: Network, domain: Box | None = None, options: VerifyOptions |
         DomainError: the box does not fit the input.
         OptionError: the device is not there, or the checkpoint belongs to another run.
     """
-    began, options, progress = perf_counter(), options or VerifyOptions(), progress or _Silent()
+    began, options, progress = perf_counter(), options or VerifyOptions(), progress or Silent()
     domain = (domain or uniform(0.0, 1.0, network.input_shape)).reshaped(network.input_shape)
     _check_device(options.device)
     data = _checked_data(network, data)
@@ -238,7 +226,7 @@ def compress(verification: Verification | Network, domain: Box | None = None, op
     Returns:
         The smaller network with the claim's level; nothing is removed on ``unknown``.
     """
-    options, progress = options or CompressOptions(), progress or _Silent()
+    options, progress = options or CompressOptions(), progress or Silent()
     if isinstance(verification, Network):
         verification = verify(verification, domain, data=data, progress=progress)
     elif domain is not None:

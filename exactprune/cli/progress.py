@@ -4,33 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
-
-class Progress(Protocol):
-    """What the pipeline tells while it works."""
-
-    def stage(self, name: str, total: int | None = None) -> None:
-        """A stage begins; ``total`` counts its units where known."""
-
-    def advance(self, count: int = 1) -> None:
-        """``count`` more units of the current stage are done."""
-
-    def note(self, text: str) -> None:
-        """Something a person would want to know now."""
-
-
-class SilentProgress:
-    """Says nothing."""
-
-    def stage(self, name: str, total: int | None = None) -> None:
-        """See ``Progress``."""
-
-    def advance(self, count: int = 1) -> None:
-        """See ``Progress``."""
-
-    def note(self, text: str) -> None:
-        """See ``Progress``."""
+from exactprune.progress import Progress, Silent
 
 
 class RichProgress:
@@ -77,7 +52,7 @@ def progress(silent: bool) -> Iterator[Progress]:
     import sys
 
     if silent or not sys.stderr.isatty():
-        yield SilentProgress()
+        yield Silent()
         return
     with RichProgress().running() as bars:
         yield bars

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, g
 from cyclopts import Group, Parameter
 
 from exactprune.cli.arguments import InputShape
-from exactprune.cli.progress import Progress, progress
+from exactprune.cli.progress import progress
 from exactprune.errors import DataError, LoadError, OptionError
+from exactprune.progress import Progress
 
 if TYPE_CHECKING:
     from exactprune.network import Network

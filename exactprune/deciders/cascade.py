@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic, perf_counter
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ from exactprune.deciders.proofs import Multipliers, Record, Tree, crown_record, 
 from exactprune.deciders.tasks import LP_AFTER, QUESTIONS_A_TASK, Setting, Task, TaskResult, bounds_before, run_task
 from exactprune.domain import Box
 from exactprune.network import Network
+from exactprune.progress import Progress
 
 FEW_INPUTS = 8
 ASCEND_AFTER = 2048  # boxes of input splitting, before gradient ascent is asked about what they leave open
@@ -47,19 +47,6 @@ RunTasks = Callable[[Setting, Sequence[Task]], Iterable[tuple[int, TaskResult]]]
 Asked = Mapping[int, tuple[np.ndarray, np.ndarray]]  # layer -> neurons that lack a positive, and a negative witness
 Suggest = Callable[[Asked, Sequence[np.ndarray], Sequence[np.ndarray], float], Iterable[LayerSuggestions]]
 _METHOD_OF = {"milp": Method.MILP, "scaling-up": Method.SCALING_UP, "leo": Method.LEO, "lp": Method.LP}
-
-
-class Progress(Protocol):
-    """What the cascade tells while it works."""
-
-    def stage(self, name: str, total: int | None = None) -> None:
-        """A stage begins."""
-
-    def advance(self, count: int = 1) -> None:
-        """``count`` more units are done."""
-
-    def note(self, text: str) -> None:
-        """Something worth knowing now."""
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from exactprune.checker.bounds import Bounds
 from exactprune.checker.engine import proved
 from exactprune.checker.network import CheckError
 from exactprune.claim import LayerVerdict, Method, Status
-from exactprune.deciders.cascade import BITS, Cascade, Progress
+from exactprune.deciders.cascade import BITS, Cascade
 from exactprune.deciders.input_split import Question
 from exactprune.deciders.proofs import Record, Tree, crown_record, pack, pack_integers
 from exactprune.domain import Box
 from exactprune.network import Network
+from exactprune.progress import Progress
 
 EDGE = 1e-9  # a bound beyond 0 by less than this part of the neuron's range is left to exact arithmetic
 WIDER = (4e-6, 1e-5, 2e-4)  # margins for sub-boxes that were not accepted: slopes may flip where two numbers nearly tie

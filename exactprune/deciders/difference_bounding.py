@@ -16,7 +16,7 @@ gradients come from the values of the relaxed network at the corner that attains
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -34,7 +34,7 @@ from exactprune.bounds.program import FLOOR, TINY, UNIT_ROUNDOFF
 from exactprune.bounds.relaxation import Relaxation, adaptive_slope, relax, upper_line
 from exactprune.deciders.difference_cuts import Cut, Cuts, separate
 from exactprune.network import INPUT
-from exactprune.ops import Add, Affine, MaxPool2d, ReLU
+from exactprune.ops import Add, Affine, ReLU
 
 STEPS = 10
 RATE, LEAST = 0.25, 2e-3  # first step size, and the share of it that the last step is
@@ -382,21 +382,26 @@ class Bounding:
                 slack[pair.first].index_add_(1, pair.source, gives * (pair.matched & ((v < 0) | (lines.rest[k] > 0.01))))
         return told
 
+    def _value(self, position: int, given: Sequence[Tensor]) -> Tensor:
+        """Value of a node that is no ReLU at points; of a max pool, the line that its relaxation chose."""
+        node, mapping = self.program.network.nodes[position], self.program.maps[position]
+        if mapping is not None:
+            return mapping.forward(given[0]) + (0.0 if mapping.bias is None else mapping.bias)
+        if isinstance(node.op, Add):
+            return given[0] + given[1]
+        chosen = pool_choice(self.program, position, self.known[node.inputs[0]])[0]
+        return given[0].gather(1, chosen.expand(len(given[0]), -1))
+
     def _given_away(self, corner: Tensor, coefficients: Maps, lines: Lines, until: int, parts: Maps) -> Maps:
         """What every line is above the neuron at the corners, times its coefficient: together with the terms of beta these add
         up to the bound less the value that is attained."""
         values: Maps = {INPUT: corner}
         found: Maps = {}
         for position, node in enumerate(self.program.network.nodes[: until + 1]):
-            given, mapping = [values[i] for i in node.inputs], self.program.maps[position]
-            if mapping is not None:
-                values[position] = mapping.forward(given[0]) + (0.0 if mapping.bias is None else mapping.bias)
-            elif isinstance(node.op, Add):
-                values[position] = given[0] + given[1]
-            elif isinstance(node.op, MaxPool2d):
-                chosen = pool_choice(self.program, position, self.known[node.inputs[0]])[0]
-                values[position] = given[0].gather(1, chosen.expand(len(corner), -1))
-            elif isinstance(node.op, ReLU):
+            given = [values[i] for i in node.inputs]
+            if not isinstance(node.op, ReLU):
+                values[position] = self._value(position, given)
+            else:
                 k = self.program.layer_of[position]
                 pair, z = self.pairs.get(k), given[0]
                 y = z.clamp(min=0)
@@ -415,15 +420,10 @@ class Bounding:
         values: Maps = {INPUT: corner}
         choices: dict[int, tuple[Tensor, ...]] = {}
         for position, node in enumerate(self.program.network.nodes[: until + 1]):
-            given, mapping = [values[i] for i in node.inputs], self.program.maps[position]
-            if mapping is not None:
-                values[position] = mapping.forward(given[0]) + (0.0 if mapping.bias is None else mapping.bias)
-            elif isinstance(node.op, Add):
-                values[position] = given[0] + given[1]
-            elif isinstance(node.op, MaxPool2d):
-                chosen = pool_choice(self.program, position, self.known[node.inputs[0]])[0]
-                values[position] = given[0].gather(1, chosen.expand(len(corner), -1))
-            elif isinstance(node.op, ReLU):
+            given = [values[i] for i in node.inputs]
+            if not isinstance(node.op, ReLU):
+                values[position] = self._value(position, given)
+            else:
                 layer = self.program.layer_of[position]
                 values[position] = self._on_line(layer, given[0], values, coefficients, lines, choices, parts)
         return values, choices

@@ -11,7 +11,7 @@ from exactprune import VerifyOptions, verify
 from exactprune.claim import Method, Status
 from exactprune.deciders.cascade import Cascade, Effort
 from exactprune.options import DECIDERS
-from exactprune.pipeline import _Silent
+from exactprune.progress import Silent
 
 COMPLETE = ("auto", "branch-and-bound")  # with so few neurons these must settle whatever is not within 1e-6 of 0
 
@@ -62,7 +62,7 @@ def test_a_solver_that_lies_changes_no_verdict() -> None:
             yield LayerSuggestions(layer, tuple(Suggestion(layer, int(n), Status.INACTIVE, positive=outside, negative=outside)
                                                 for n in neurons))
 
-    cascade = Cascade(network, box, Effort(decider="milp"), _Silent(), None, lies)
+    cascade = Cascade(network, box, Effort(decider="milp"), Silent(), None, lies)
     cascade.run()
     for layer, ranges in zip(cascade.layers, exact_ranges(network, box)):
         for status, (low, high) in zip(layer.status.tolist(), ranges):

@@ -14,13 +14,13 @@ from exactprune.deciders.cascade import Cascade, Effort
 from exactprune.deciders.certify import certify
 from exactprune.deciders.proofs import Multipliers, Tree, quantise
 from exactprune.domain import uniform
-from exactprune.pipeline import _Silent
+from exactprune.progress import Silent
 
 CAP = 1 << 30
 
 
 def finished(network, box, **effort) -> Cascade:
-    cascade = Cascade(network, box, Effort(**effort), _Silent())
+    cascade = Cascade(network, box, Effort(**effort), Silent())
     cascade.run()
     return cascade
 
