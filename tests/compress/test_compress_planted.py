@@ -2,8 +2,7 @@
 
 Networks are generic (normal weights on a grid, unstable units) but for what is planted, so the number of units that may
 stay is known: the unstable ones that are no copies, and as many linear units as the rank of the stably active ones. A
-small dose runs always, ``-m slow`` runs 1,000 networks; in one of a hundred a low rank may cost more, certified, than
-`rounding` allows.
+small dose runs always, ``-m slow`` runs 1,000 networks.
 """
 
 from __future__ import annotations
@@ -235,8 +234,8 @@ def units_left(f: Network, g: Network, layer: int) -> int:
     return g.shapes[layer][0] if len(g.relus) == len(f.relus) else 0
 
 
-def check(tools, seed: int) -> bool:
-    """The claim holds in rationals; whether everything planted was found, or else why not: it costs more than `rounding`."""
+def check(tools, seed: int) -> None:
+    """The claim holds in rationals, and everything planted is found."""
     rng = np.random.default_rng([seed, 5])
     f, layer, plan = FAMILIES[seed % len(FAMILIES)](rng)
     box = uniform(0, 1, f.input_shape)
@@ -245,16 +244,12 @@ def check(tools, seed: int) -> bool:
     for x in np.concatenate([box.sample(1, rng), box.corners(2, rng)]):
         assert np.abs(tools.exact(f, x) - tools.exact(rewrite.network, x)).max() <= Fraction(rewrite.eps), seed
     assert rewrite.eps <= rewrite.budget
-    if units_left(f, rewrite.network, layer) <= plan.needed:
-        return True
-    more = compress_network(f, box, verdicts, max_deviation=1000 * rewrite.budget)
-    assert units_left(f, more.network, layer) <= plan.needed and more.eps > rewrite.budget, (seed, plan)
-    return False
+    assert units_left(f, rewrite.network, layer) <= plan.needed, (seed, plan)
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_everything_planted_is_found(tools, seed):
-    assert check(tools, seed)
+    check(tools, seed)
 
 
 def check_two(tools, seed: int) -> bool:
@@ -297,10 +292,11 @@ def test_exact_dependence_is_found_at_exact(tools, seed, tmp_path):
 def test_two_layers_and_dependence_in_many_networks(tools):
     for seed in range(100, 300):
         check_dependent(tools, seed)
-    assert sum(not check_two(tools, seed) for seed in range(100, 300)) <= 2
+        assert check_two(tools, seed), seed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", range(100, 1100, 100))
 def test_everything_planted_is_found_in_a_thousand_networks(tools, start):
-    assert sum(not check(tools, seed) for seed in range(start, start + 100)) <= 1
+    for seed in range(start, start + 100):
+        check(tools, seed)
